@@ -1,0 +1,11 @@
+"""Expert-parallel dispatch and combine for JAX, inside the XLA program."""
+
+from jax_ep._combine import combine as combine
+from jax_ep._dispatch import dispatch as dispatch
+from jax_ep._layout import suggest_capacity as suggest_capacity
+from jax_ep._make_plan import make_plan as make_plan
+from jax_ep._native import set_wait_timeout as set_wait_timeout
+from jax_ep._plan import Plan as Plan
+from jax_ep._types import DROPPED as DROPPED
+
+__version__ = "0.1.0"

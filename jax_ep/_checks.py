@@ -1,0 +1,65 @@
+"""Static checks of arguments: each error names argument, requirement and what was given."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+
+def check_positive(name: str, value: int) -> None:
+    """Checks that a static count is an integer of at least 1.
+
+    Raises:
+      TypeError: ``value`` is not an int.
+      ValueError: ``value`` is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Checks that a static option is one of the values it may take.
+
+    Raises:
+      ValueError: it is not.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+
+
+def check_array(name: str, value: object, dims: str) -> None:
+    """Checks that ``value`` is an array with as many axes as ``dims`` names.
+
+    Raises:
+      TypeError: it has no shape or dtype.
+      ValueError: it has another number of axes.
+    """
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be an array [{dims}]; got {type(value).__name__}.")
+    if value.ndim != len(dims.split(", ")):
+        raise ValueError(f"{name} must have shape [{dims}]; got {list(value.shape)}.")
+
+
+def check_dtype(name: str, value: jax.Array, dtype: jax.typing.DTypeLike) -> None:
+    """Checks an array's dtype.
+
+    Raises:
+      TypeError: it is another one.
+    """
+    if value.dtype != jnp.dtype(dtype):
+        raise TypeError(f"{name} must have dtype {jnp.dtype(dtype).name}; got {value.dtype}.")
+
+
+def check_shape(name: str, value: jax.Array, shape: tuple[int, ...], dims: str) -> None:
+    """Checks an array's shape against what the plan was made for.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have shape [{dims}] = {list(shape)}; got {list(value.shape)}."
+        )

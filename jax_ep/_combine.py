@@ -1,0 +1,94 @@
+"""``combine``: experts' rows back to their tokens, as a weighted sum."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._compat import vary_together
+from jax_ep._exchange import exchange
+from jax_ep._plan import Plan
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def combine(
+    rows: Float[Array, "capacity hidden"],
+    plan: Plan,
+    topk_weights: Float32[Array, "num_tokens num_topk"] | None = None,
+) -> Float[Array, "num_tokens hidden"]:
+    """Brings each token's rows back and adds them up, scaled by its router weights.
+
+    Row ``t`` of the result is the sum over kept ``k`` of
+    ``topk_weights[t, k] * rows[row(t, k)]``, and zero for a token with no kept choice. Communicates
+    along the plan's axis.
+
+    For each destination rank in ascending order a partial sum is taken in float32, by
+    ``fma(weight, row, sum)`` in ascending ``k``, and rounded to the dtype of ``rows``. The partial sums
+    are added in float32 in ascending rank order and rounded once more. (float64 rows are summed in
+    float64.) Native code keeps to this to the last bit on every platform; ``"xla"`` may differ in the
+    last place or two.
+
+    Args:
+      rows: what the experts wrote. A row that no kept choice names never reaches the result or any
+        gradient, so it may hold anything, even NaN.
+      plan: the plan that ``dispatch`` used.
+      topk_weights: used as given, not renormalised; None means all ones.
+
+    Returns:
+      One row per token, in token order and the dtype of ``rows``.
+
+    Raises:
+      TypeError: ``rows`` is not bfloat16, float16, float32 or float64, ``topk_weights`` is not
+        float32, or ``plan`` is not a ``Plan``.
+      ValueError: a shape does not fit the plan.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_ep
+      >>> plan = jax_ep.make_plan(jnp.array([[1, 0]]), num_experts=2)
+      >>> rows = jnp.array([[10.0], [20.0]])
+      >>> jax_ep.combine(rows, plan, jnp.array([[0.5, 2.0]])).tolist()
+      [[30.0]]
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+    check_array("rows", rows, "capacity, hidden")
+    if rows.dtype.name not in _DTYPES:
+        raise TypeError(
+            f"rows must have one of the dtypes {_DTYPES}: widen them; got {rows.dtype}."
+        )
+    check_shape("rows", rows, (plan.capacity, rows.shape[1]), "capacity, hidden")
+    if topk_weights is None:
+        rows, _ = vary_together([rows, plan._send_row])
+        return _combine(rows, plan, None)
+    check_array("topk_weights", topk_weights, "num_tokens, num_topk")
+    check_shape("topk_weights", topk_weights, plan.kept.shape, "num_tokens, num_topk")
+    check_dtype("topk_weights", topk_weights, jnp.float32)
+    rows, topk_weights, _ = vary_together([rows, topk_weights, plan._send_row])
+    return _combine(rows, plan, topk_weights)
+
+
+@jax.custom_vjp
+def _combine(rows: jax.Array, plan: Plan, topk_weights: jax.Array | None) -> jax.Array:
+    return exchange("reduce_rows", plan._layout, plan._rank, plan, rows, topk_weights)
+
+
+def _combine_fwd(
+    rows: jax.Array, plan: Plan, topk_weights: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array | None, Plan, jax.Array | None]]:
+    # Unweighted, the gradient does not depend on the rows: do not keep them alive for it.
+    kept_rows = None if topk_weights is None else rows
+    return _combine(rows, plan, topk_weights), (kept_rows, plan, topk_weights)
+
+
+def _combine_bwd(
+    residuals: tuple[jax.Array | None, Plan, jax.Array | None], dout: jax.Array
+) -> tuple[jax.Array, None, jax.Array | None]:
+    rows, plan, topk_weights = residuals
+    drows = exchange("gather_rows", plan._layout, plan._rank, plan, dout, topk_weights)
+    if topk_weights is None:
+        return drows, None, None
+    return drows, None, exchange("row_dots", plan._layout, plan._rank, plan, rows, dout)
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)

@@ -1,0 +1,98 @@
+"""The static geometry of one exchange and the formulas for its capacity."""
+
+import dataclasses
+import math
+
+from jax_ep._checks import check_positive
+from jax_ep._types import AxisName, Fabric, Implementation, Tail
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is known about an exchange before any value is: hashable, equal on all ranks."""
+
+    num_ranks: int
+    num_experts: int
+    num_tokens: int
+    num_topk: int
+    capacity: int
+    alignment: int
+    tail: Tail
+    axis_name: AxisName
+    implementation: Implementation
+    fabric: Fabric
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on each rank."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def budget(self) -> int:
+        """Choices a rank keeps at most: what is left when every group pays the worst padding."""
+        return self.capacity - padding_reserve(self.num_local_experts, self.alignment)
+
+
+def padding_reserve(num_local_experts: int, alignment: int) -> int:
+    """Returns the rows that alignment can cost a rank: every group one short of a multiple."""
+    return num_local_experts * (alignment - 1)
+
+
+def lossless_capacity(
+    num_tokens: int, num_topk: int, num_experts: int, num_ranks: int, alignment: int
+) -> int:
+    """Returns the rows that hold whatever the ranks send, if each token's choices are distinct."""
+    num_local_experts = num_experts // num_ranks
+    most = num_ranks * num_tokens * min(num_topk, num_local_experts)
+    return max(1, most + padding_reserve(num_local_experts, alignment))
+
+
+def suggest_capacity(
+    num_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    num_ranks: int,
+    *,
+    factor: float = 1.25,
+    alignment: int = 1,
+) -> int:
+    """Returns a receive budget for ranks whose load stays within a factor of the mean.
+
+    A rank receives ``num_tokens * num_topk`` choices when routing is balanced; the result holds
+    ``factor`` times as many, plus the padding of ``alignment``, and never more than a buffer that
+    drops nothing would.
+
+    Args:
+      num_tokens: tokens on one rank.
+      num_topk: choices per token.
+      num_experts: experts on all ranks together.
+      num_ranks: ranks along the expert axis.
+      factor: load of the busiest rank that still fits, over the mean load.
+      alignment: as given to ``make_plan``.
+
+    Returns:
+      Rows, at least 1, to pass to ``make_plan`` as ``capacity``.
+
+    Raises:
+      ValueError: a count or ``factor`` is not positive (``num_tokens`` may be 0), or
+        ``num_experts`` is not a multiple of ``num_ranks``.
+
+    Example:
+      >>> suggest_capacity(4096, 8, 256, 8, factor=1.25)
+      40960
+    """
+    check_positive("num_tokens", num_tokens + 1 if num_tokens == 0 else num_tokens)
+    check_positive("num_topk", num_topk)
+    check_positive("num_experts", num_experts)
+    check_positive("num_ranks", num_ranks)
+    check_positive("alignment", alignment)
+    if not (factor > 0 and math.isfinite(factor)):
+        raise ValueError(f"factor must be a positive finite number; got {factor}.")
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts must be a multiple of num_ranks ({num_ranks}); got {num_experts}."
+        )
+    wanted = math.ceil(factor * num_tokens * num_topk)
+    wanted += padding_reserve(num_experts // num_ranks, alignment)
+    lossless = lossless_capacity(num_tokens, num_topk, num_experts, num_ranks, alignment)
+    return max(1, min(wanted, lossless))

@@ -1,0 +1,198 @@
+"""``make_plan``: from the router's choices to a plan."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from jax_ep import _native
+from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive
+from jax_ep._compat import manual_axes, vary_together
+from jax_ep._exchange import exchange
+from jax_ep._layout import Layout, lossless_capacity, padding_reserve
+from jax_ep._plan import Plan, PlanArrays
+from jax_ep._types import DROPPED, AxisName, Fabric, Implementation, Tail
+
+_INT32_MAX = 2**31 - 1
+
+
+def make_plan(
+    topk_idx: Int32[Array, "num_tokens num_topk"],
+    *,
+    num_experts: int,
+    axis_name: AxisName = None,
+    capacity: int | None = None,
+    alignment: int = 1,
+    tail: Tail = "zero",
+    implementation: Implementation | None = None,
+) -> Plan:
+    """Plans where every choice of every rank goes.
+
+    Called by all ranks of the axis with their own ``topk_idx``; gathers those (an all-gather of
+    ``num_tokens * num_topk`` indices per rank) and computes the rest locally.
+
+    Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``. Kept
+    choices are laid out on the rank of their expert in the order (local expert, source rank, token,
+    k). If more arrive at a rank than ``capacity - L * (alignment - 1)``, it keeps the first in the
+    order (k, token, source rank): every token's first choice before anyone's second.
+
+    Args:
+      topk_idx: the global expert of each choice, or ``DROPPED`` (-1) for none. An index outside
+        ``[-1, num_experts)`` is not routed either and is counted in ``num_invalid``. A token may name
+        one expert twice. The same shape on every rank; values are traced, so nothing else checks them.
+      num_experts: experts on all ranks together, a multiple of the number of ranks.
+      axis_name: the axis the ranks lie along: a mesh axis or a tuple of them, major first, inside
+        ``jax.shard_map``; or the ``axis_name`` of an enclosing ``jax.vmap``; or None for one rank.
+      capacity: rows of this rank's receive buffer, equal on all ranks. None is enough for whatever the
+        ranks send as long as each token's choices are distinct; see ``suggest_capacity`` for less.
+      alignment: each expert's group starts at a multiple of this many rows and is filled up with rows
+        of zeros.
+      tail: what rows past the last group hold in ``dispatch``'s result and in ``combine``'s gradient.
+        ``"zero"`` writes them all; ``"uninitialized"`` leaves them as they are, so that cost follows
+        used rows: for experts that never read there, as ``grouped_matmul`` does not.
+      implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
+
+    Returns:
+      The plan, for ``dispatch`` and ``combine`` on the same ranks.
+
+    Raises:
+      TypeError: ``topk_idx`` is not an int32 array, or a count is not an int.
+      ValueError: ``topk_idx`` is not 2-D; ``num_experts`` is not a positive multiple of the number of
+        ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound, or
+        names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or rows.
+      NotImplementedError: ``implementation="native"`` where native code cannot serve.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_ep
+      >>> topk_idx = jnp.array([[0, 1], [1, jax_ep.DROPPED]], jnp.int32)
+      >>> jax_ep.make_plan(topk_idx, num_experts=2).group_sizes.tolist()
+      [1, 2]
+    """
+    check_array("topk_idx", topk_idx, "num_tokens, num_topk")
+    check_dtype("topk_idx", topk_idx, jnp.int32)
+    for name, count in (("num_experts", num_experts), ("alignment", alignment)):
+        check_positive(name, count)
+    check_one_of("tail", tail, ("zero", "uninitialized"))
+    fabric, num_ranks = _resolve_axis(axis_name)
+    layout = Layout(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=topk_idx.shape[0],
+        num_topk=topk_idx.shape[1],
+        capacity=_resolve_capacity(topk_idx.shape, num_experts, num_ranks, capacity, alignment),
+        alignment=alignment,
+        tail=tail,
+        axis_name=axis_name,
+        implementation=_resolve_implementation(implementation),
+        fabric=fabric,
+    )
+    rank, group = _locate(layout)
+    topk_idx, _ = vary_together([topk_idx, rank])
+    routed = (topk_idx >= 0) & (topk_idx < num_experts)
+    num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
+    topk_idx = jnp.where(routed, topk_idx, DROPPED)
+    arrays = exchange("plan", layout, rank, topk_idx)
+    return _assemble(layout, rank, group, topk_idx, num_invalid, arrays)
+
+
+def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
+    """Finds out how the ranks of ``axis_name`` meet, and how many they are."""
+    if axis_name is None:
+        return "stacked", 1
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not names:
+        raise ValueError("axis_name must be an axis, a tuple of at least one, or None; got ().")
+    try:
+        sizes = [jax.lax.axis_size(name) for name in names]
+    except NameError as error:
+        raise ValueError(
+            "axis_name must name a mesh axis inside jax.shard_map, or the axis_name of an enclosing "
+            f"jax.vmap; got {axis_name!r}."
+        ) from error
+    manual = [name in manual_axes() for name in names]
+    if all(manual):
+        num_ranks = 1
+        for size in sizes:
+            num_ranks *= size
+        return "devices", num_ranks
+    if any(manual) or len(names) > 1:
+        raise ValueError(
+            f"axis_name must be mesh axes only, or one vmap axis; got {axis_name!r}, not all of "
+            "which are mesh axes."
+        )
+    return "stacked", sizes[0]
+
+
+def _resolve_capacity(
+    shape: tuple[int, int], num_experts: int, num_ranks: int, capacity: int | None, alignment: int
+) -> int:
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts must be a multiple of the {num_ranks} ranks; got {num_experts}."
+        )
+    num_tokens, num_topk = shape
+    if capacity is None:
+        capacity = lossless_capacity(num_tokens, num_topk, num_experts, num_ranks, alignment)
+    check_positive("capacity", capacity)
+    reserve = padding_reserve(num_experts // num_ranks, alignment)
+    if capacity < reserve:
+        raise ValueError(
+            f"capacity must be at least num_local_experts * (alignment - 1) = {reserve}; "
+            f"got {capacity}."
+        )
+    if max(num_ranks * num_tokens * num_topk, capacity) > _INT32_MAX:
+        raise ValueError(
+            "topk_idx and capacity must keep num_ranks * num_tokens * num_topk and capacity below "
+            f"2**31; got {num_ranks} * {num_tokens} * {num_topk} and {capacity}."
+        )
+    return capacity
+
+
+def _resolve_implementation(implementation: Implementation | None) -> Implementation:
+    check_one_of("implementation", implementation, (None, "xla", "native"))
+    if implementation is None:
+        return "native" if _native.serves() else "xla"
+    if implementation == "native" and (reason := _native.unavailable_reason()):
+        raise NotImplementedError(f"implementation='native' cannot serve here: {reason}")
+    return implementation
+
+
+def _locate(layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Returns this rank, and which of the groups along the mesh's other axes it belongs to."""
+    if layout.axis_name is None:
+        return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    rank = jax.lax.axis_index(layout.axis_name)
+    names = (layout.axis_name,) if isinstance(layout.axis_name, str) else layout.axis_name
+    others = tuple(name for name in manual_axes() if name not in names)
+    group = jax.lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
+    return rank.astype(jnp.int32), group.astype(jnp.int32)
+
+
+def _assemble(
+    layout: Layout,
+    rank: jax.Array,
+    group: jax.Array,
+    topk_idx: jax.Array,
+    num_invalid: jax.Array,
+    arrays: PlanArrays,
+) -> Plan:
+    load = arrays.expert_load
+    if layout.fabric == "devices":
+        # Equal on all ranks already; this tells JAX's types so. Unused, XLA removes it.
+        load = jax.lax.pmax(load, layout.axis_name)
+    return Plan(
+        group_sizes=arrays.group_sizes,
+        kept=arrays.kept,
+        expert_load=load,
+        recv_counts=arrays.recv_counts,
+        num_dropped=arrays.num_dropped,
+        num_invalid=num_invalid,
+        _rank=rank,
+        _group=group,
+        _topk_idx=topk_idx,
+        _send_row=arrays.send_row,
+        _recv_choice=arrays.recv_choice,
+        _recv_row=arrays.recv_row,
+        _group_rows=arrays.group_rows,
+        _fingerprint=arrays.fingerprint,
+        _layout=layout,
+    )

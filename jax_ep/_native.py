@@ -1,0 +1,266 @@
+"""The exchange in native code: loads the library, registers its handlers, and calls them."""
+
+import ctypes
+import functools
+import pathlib
+import threading
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32, Num
+
+from jax_ep._compat import ffi_minor_version, result_type
+from jax_ep._layout import Layout
+from jax_ep._plan import Plan, PlanArrays
+
+_LIBRARY = "libjax_ep_cpu.so"
+_FABRIC_OPS = ("gather_rows", "reduce_rows", "row_dots")
+_register_lock = threading.Lock()
+
+
+def serves() -> bool:
+    """Tells whether native code serves here; warns once if its library should be there and is not."""
+    if (reason := _library_problem()) is not None:
+        _warn_once(reason)
+        return False
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """Returns why native code does not serve in this process, or None where it does."""
+    if (reason := _library_problem()) is not None:
+        return reason
+    if (platform := jax.default_backend()) != "cpu":
+        return f"there is no native code for platform {platform!r} yet; the default backend must be cpu"
+    if (count := jax.process_count()) > 1:
+        return f"native code serves the devices of one process, and this job has {count} processes"
+    return None
+
+
+def library_info() -> dict[str, str]:
+    """Returns what the native library says of itself: path, FFI version, instruction set.
+
+    Raises:
+      NotImplementedError: the library cannot be loaded.
+    """
+    if (reason := _library_problem()) is not None:
+        raise NotImplementedError(reason)
+    library = _library()
+    return {
+        "path": str(library_path()),
+        "ffi_version": f"0.{library.jax_ep_ffi_minor_version()}",
+        "instruction_set": library.jax_ep_instruction_set().decode(),
+    }
+
+
+def set_wait_timeout(seconds: float) -> float:
+    """Sets how long a rank of this process waits for its peers before the call fails.
+
+    On expiry every rank that was waiting gets an error that names the op, the rank, the peers that
+    did not come and the time waited; the process goes on. It holds for waits that begin later.
+
+    Args:
+      seconds: the new limit, above 0. It is 60 until set.
+
+    Returns:
+      The limit until now.
+
+    Raises:
+      ValueError: ``seconds`` is not a positive finite number.
+      NotImplementedError: the native library cannot be loaded, so nothing would wait.
+    """
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds must be a positive finite number; got {seconds}.")
+    if (reason := _library_problem()) is not None:
+        raise NotImplementedError(reason)
+    return _library().jax_ep_set_wait_timeout(float(seconds))
+
+
+def library_path() -> pathlib.Path:
+    """Returns where the native library is expected: next to this file."""
+    return pathlib.Path(__file__).with_name(_LIBRARY)
+
+
+def stacked(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
+    """Runs ``op`` for all ranks of a leading axis at once."""
+    return OPS[op](layout, rank, *args)
+
+
+def devices(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
+    """Runs ``op`` for the rank of this device, together with its peers' devices."""
+    if op == "plan":
+        (topk_idx,) = args
+        return plan(layout, rank, jax.lax.all_gather(topk_idx, layout.axis_name))
+    return OPS[op](layout, rank, *args)
+
+
+def plan(
+    layout: Layout,
+    rank: Int32[Array, "*stack"],
+    topk_idx: Int32[Array, "num_ranks num_tokens num_topk"],
+) -> PlanArrays:
+    """Computes the plans of the given ranks from the choices of all ranks."""
+    choices, capacity = (layout.num_tokens, layout.num_topk), (layout.capacity,)
+    per_rank, local = (layout.num_ranks,), (layout.num_local_experts,)
+    results = PlanArrays(
+        group_sizes=(local, jnp.int32),
+        kept=(choices, jnp.bool_),
+        expert_load=((layout.num_experts,), jnp.int32),
+        recv_counts=(per_rank, jnp.int32),
+        num_dropped=((), jnp.int32),
+        send_row=(choices, jnp.int32),
+        recv_choice=(capacity, jnp.int32),
+        recv_row=(capacity, jnp.int32),
+        group_rows=(local, jnp.int32),
+        fingerprint=((), jnp.uint32),
+    )
+    types = [result_type((*rank.shape, *shape), dtype, topk_idx) for shape, dtype in results]
+    return PlanArrays(*_call("plan", types, layout, rank, topk_idx, alignment=layout.alignment))
+
+
+def gather_rows(
+    layout: Layout,
+    rank: Int32[Array, "*stack"],
+    plan: Plan,
+    x: Num[Array, "*stack num_tokens hidden"],
+    weights: Float32[Array, "*stack num_tokens num_topk"] | None,
+) -> Num[Array, "*stack capacity hidden"]:
+    """Pulls each rank's rows from the tokens of their source ranks, scaled by ``weights`` if given."""
+    return _call(
+        "gather_rows",
+        result_type((*rank.shape, layout.capacity, x.shape[-1]), x.dtype, x),
+        layout,
+        *_whereabouts(rank, plan),
+        x,
+        _or_empty(weights, x),
+        plan._recv_choice,
+        plan._recv_row,
+        plan.recv_counts,
+        plan.group_sizes,
+        plan._group_rows,
+        zero_tail=int(layout.tail == "zero"),
+    )
+
+
+def reduce_rows(
+    layout: Layout,
+    rank: Int32[Array, "*stack"],
+    plan: Plan,
+    rows: Num[Array, "*stack capacity hidden"],
+    weights: Float32[Array, "*stack num_tokens num_topk"] | None,
+) -> Num[Array, "*stack num_tokens hidden"]:
+    """Pulls each token's rows from the ranks of its experts and adds them up."""
+    return _call(
+        "reduce_rows",
+        result_type((*rank.shape, layout.num_tokens, rows.shape[-1]), rows.dtype, rows),
+        layout,
+        *_whereabouts(rank, plan),
+        rows,
+        _or_empty(weights, rows),
+        plan._topk_idx,
+        plan._send_row,
+    )
+
+
+def row_dots(
+    layout: Layout,
+    rank: Int32[Array, "*stack"],
+    plan: Plan,
+    rows: Num[Array, "*stack capacity hidden"],
+    dout: Num[Array, "*stack num_tokens hidden"],
+) -> Float32[Array, "*stack num_tokens num_topk"]:
+    """Pulls each token's rows and multiplies each with the token's row of ``dout``."""
+    return _call(
+        "row_dots",
+        result_type((*rank.shape, layout.num_tokens, layout.num_topk), jnp.float32, rows),
+        layout,
+        *_whereabouts(rank, plan),
+        rows,
+        dout,
+        plan._topk_idx,
+        plan._send_row,
+    )
+
+
+OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
+
+
+def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes: int) -> Any:
+    _register()
+    target = f"jax_ep_{op}" if op == "plan" else f"jax_ep_{op}_{layout.fabric}"
+    attributes |= {"num_ranks": layout.num_ranks, "num_experts": layout.num_experts}
+    attributes |= {"capacity": layout.capacity}
+    call = jax.ffi.ffi_call(target, results)
+    return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
+
+
+def _whereabouts(rank: Array, plan: Plan) -> tuple[Array, Array, Array]:
+    """Returns what a rendezvous needs to know: who this is, in which group, for which plan."""
+    return rank, plan._group, plan._fingerprint
+
+
+def _or_empty(weights: Array | None, like: Array) -> Array:
+    """Stands in for weights that are not there: no elements mean all ones."""
+    return jnp.zeros_like(like, shape=(0,), dtype=jnp.float32) if weights is None else weights
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path()))
+    library.jax_ep_ffi_minor_version.restype = ctypes.c_int
+    library.jax_ep_instruction_set.restype = ctypes.c_char_p
+    library.jax_ep_set_wait_timeout.restype = ctypes.c_double
+    library.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
+    library.jax_ep_call_site_type_id.restype = ctypes.c_void_p
+    library.jax_ep_call_site_type_info.restype = ctypes.c_void_p
+    return library
+
+
+@functools.cache
+def _library_problem() -> str | None:
+    if not library_path().exists():
+        return f"the native library is not built: there is no {_LIBRARY} next to jax_ep's modules"
+    try:
+        built = _library().jax_ep_ffi_minor_version()
+    except (OSError, AttributeError) as error:
+        return f"the native library does not load: {error}"
+    if built > (runs := ffi_minor_version()):
+        return f"the native library needs XLA FFI 0.{built}, and this jaxlib has 0.{runs}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"jax_ep uses implementation='xla': {reason}.", RuntimeWarning, stacklevel=3)
+
+
+def _register() -> None:
+    with _register_lock:
+        _register_once()
+
+
+@functools.cache
+def _register_once() -> None:
+    # A state type that is registered before the CPU client exists breaks the client's start.
+    jax.devices("cpu")
+    library, capsule = _library(), jax.ffi.pycapsule
+    jax.ffi.register_ffi_type(
+        "jax_ep_call_site",
+        {
+            "type_id": capsule(library.jax_ep_call_site_type_id()),
+            "type_info": capsule(library.jax_ep_call_site_type_info()),
+        },
+        platform="cpu",
+    )
+    jax.ffi.register_ffi_target("jax_ep_plan", capsule(library.jax_ep_plan), platform="cpu")
+    for op in _FABRIC_OPS:
+        stacked_target = capsule(getattr(library, f"jax_ep_{op}_stacked"))
+        jax.ffi.register_ffi_target(f"jax_ep_{op}_stacked", stacked_target, platform="cpu")
+        stages = {
+            "instantiate": capsule(library.jax_ep_new_call_site),
+            "execute": capsule(getattr(library, f"jax_ep_{op}_devices")),
+        }
+        jax.ffi.register_ffi_target(f"jax_ep_{op}_devices", stages, platform="cpu")

@@ -1,0 +1,119 @@
+"""The plan: who sends which row where, as data."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Int32, UInt32
+
+from jax_ep._layout import Layout
+from jax_ep._types import AxisName, Implementation, Tail
+
+
+class PlanArrays(NamedTuple):
+    """What an implementation computes for one rank's plan, in the order native code returns it.
+
+    It is given the choices with ``DROPPED`` in place of every index that is not routed.
+
+    The two ``recv`` arrays list the rows this rank receives, ordered by (source rank, token, k), so
+    that all rows of one token stand together. Entries past ``sum(recv_counts)`` hold anything.
+    """
+
+    group_sizes: Int32[Array, "num_local_experts"]
+    kept: Bool[Array, "num_tokens num_topk"]
+    expert_load: Int32[Array, "num_experts"]
+    recv_counts: Int32[Array, "num_ranks"]
+    num_dropped: Int32[Array, ""]
+    send_row: Int32[Array, "num_tokens num_topk"]
+    recv_choice: Int32[Array, "capacity"]
+    recv_row: Int32[Array, "capacity"]
+    group_rows: Int32[Array, "num_local_experts"]
+    fingerprint: UInt32[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where every choice of one exchange goes, as seen from one rank.
+
+    A pytree of arrays with static metadata. ``make_plan`` makes it; ``dispatch`` and ``combine`` read
+    it. Nothing in it is differentiable. Fields whose names start with an underscore are for the
+    library alone.
+
+    Attributes:
+      group_sizes: rows of each local expert, padding included; their sum is at most ``capacity``.
+      kept: whether this choice has a row.
+      expert_load: choices asked of each expert by all ranks, before dropping; equal on all ranks.
+      recv_counts: rows this rank received from each rank.
+      num_dropped: this rank's valid choices that got no row.
+      num_invalid: this rank's indices outside ``[-1, num_experts)``.
+    """
+
+    group_sizes: Int32[Array, "num_local_experts"]
+    kept: Bool[Array, "num_tokens num_topk"]
+    expert_load: Int32[Array, "num_experts"]
+    recv_counts: Int32[Array, "num_ranks"]
+    num_dropped: Int32[Array, ""]
+    num_invalid: Int32[Array, ""]
+    # This rank, which of the groups along other mesh axes it exchanges in, and its own choices with
+    # DROPPED for whatever is not routed.
+    _rank: Int32[Array, ""]
+    _group: Int32[Array, ""]
+    _topk_idx: Int32[Array, "num_tokens num_topk"]
+    # As in PlanArrays.
+    _send_row: Int32[Array, "num_tokens num_topk"]
+    _recv_choice: Int32[Array, "capacity"]
+    _recv_row: Int32[Array, "capacity"]
+    _group_rows: Int32[Array, "num_local_experts"]
+    _fingerprint: UInt32[Array, ""]
+    _layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks along the expert axis."""
+        return self._layout.num_ranks
+
+    @property
+    def num_experts(self) -> int:
+        """Experts on all ranks together."""
+        return self._layout.num_experts
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on each rank."""
+        return self._layout.num_local_experts
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens on each rank."""
+        return self._layout.num_tokens
+
+    @property
+    def num_topk(self) -> int:
+        """Choices per token."""
+        return self._layout.num_topk
+
+    @property
+    def capacity(self) -> int:
+        """Rows of each rank's receive buffer."""
+        return self._layout.capacity
+
+    @property
+    def alignment(self) -> int:
+        """Every group starts at a multiple of this many rows."""
+        return self._layout.alignment
+
+    @property
+    def tail(self) -> Tail:
+        """What rows past ``sum(group_sizes)`` hold."""
+        return self._layout.tail
+
+    @property
+    def axis_name(self) -> AxisName:
+        """The axis the ranks lie along, or None for one rank."""
+        return self._layout.axis_name
+
+    @property
+    def implementation(self) -> Implementation:
+        """What carries out this plan's exchanges."""
+        return self._layout.implementation

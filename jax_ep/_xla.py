@@ -1,0 +1,207 @@
+"""The exchange in pure JAX: the readable specification, and what serves where no native code does.
+
+Each function is what one rank does. ``layout.axis_name`` names an axis with collectives: mesh axes
+inside ``shard_map``, or the axis that ``stacked`` maps over.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, Num
+
+from jax_ep._layout import Layout
+from jax_ep._plan import Plan, PlanArrays
+from jax_ep._types import DROPPED
+
+_STACK_AXIS = "jax_ep_rank"
+_DOT_LANES = 64
+
+
+def stacked(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
+    """Runs ``op`` for all ranks of a leading axis at once."""
+    layout = dataclasses.replace(layout, axis_name=_STACK_AXIS)
+    return jax.vmap(lambda *xs: OPS[op](layout, *xs), axis_name=_STACK_AXIS)(rank, *args)
+
+
+def devices(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
+    """Runs ``op`` for the rank of this device."""
+    return OPS[op](layout, rank, *args)
+
+
+def plan(
+    layout: Layout, rank: Int32[Array, ""], topk_idx: Int32[Array, "num_tokens num_topk"]
+) -> PlanArrays:
+    """Computes one rank's plan from the choices of all ranks."""
+    wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
+    wire = topk_idx.astype(wire_dtype)
+    expert = jax.lax.all_gather(wire, layout.axis_name).astype(jnp.int32)
+    kept, row = _place(layout, expert)
+
+    here = kept & (expert // layout.num_local_experts == rank)
+    recv_choice = jnp.flatnonzero(here, size=layout.capacity, fill_value=DROPPED).astype(jnp.int32)
+    row_of_recv = row.reshape(-1).at[recv_choice].get(mode="fill", fill_value=0)
+    recv_row = jnp.where(recv_choice == DROPPED, layout.capacity, row_of_recv)
+    group_rows = jax.lax.dynamic_index_in_dim(
+        _group_rows(layout, expert, kept), rank, keepdims=False
+    )
+    mine = jax.lax.dynamic_index_in_dim(kept, rank, keepdims=False)
+    return PlanArrays(
+        group_sizes=_round_up(group_rows, layout.alignment),
+        kept=mine,
+        expert_load=_count(expert.reshape(-1), layout.num_experts),
+        recv_counts=jnp.sum(here, axis=(1, 2), dtype=jnp.int32),
+        num_dropped=jnp.sum((topk_idx != DROPPED) & ~mine, dtype=jnp.int32),
+        send_row=jnp.where(mine, jax.lax.dynamic_index_in_dim(row, rank, keepdims=False), DROPPED),
+        recv_choice=recv_choice,
+        recv_row=recv_row,
+        group_rows=group_rows,
+        # Only the native rendezvous compares fingerprints; collectives cannot mix up two calls.
+        fingerprint=jnp.zeros_like(rank, dtype=jnp.uint32),
+    )
+
+
+def gather_rows(
+    layout: Layout,
+    rank: Int32[Array, ""],
+    plan: Plan,
+    x: Num[Array, "num_tokens hidden"],
+    weights: Float32[Array, "num_tokens num_topk"] | None,
+) -> Num[Array, "capacity hidden"]:
+    """Fills this rank's rows with their tokens, scaled by ``weights`` where given."""
+    del rank
+    tokens = jax.lax.all_gather(x, layout.axis_name, tiled=True)
+    choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
+    choice = choice.at[plan._recv_row].set(plan._recv_choice, mode="drop")
+    rows = tokens.at[choice // layout.num_topk].get(mode="fill", fill_value=0)
+    if weights is not None:
+        scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[choice]
+        rows = (scale[:, None].astype(_sum_dtype(x)) * rows.astype(_sum_dtype(x))).astype(x.dtype)
+    return jnp.where((choice != DROPPED)[:, None], rows, jnp.zeros((), x.dtype))
+
+
+def reduce_rows(
+    layout: Layout,
+    rank: Int32[Array, ""],
+    plan: Plan,
+    rows: Num[Array, "capacity hidden"],
+    weights: Float32[Array, "num_tokens num_topk"] | None,
+) -> Num[Array, "num_tokens hidden"]:
+    """Adds up each token's rows: a partial sum per destination rank, then over ranks."""
+    del rank
+    dtype = _sum_dtype(rows)
+    row = _row_of_choice(layout, plan)
+    partial = jnp.zeros((layout.num_ranks, layout.num_tokens, rows.shape[1]), dtype)
+    if weights is not None:
+        weights = jax.lax.all_gather(weights, layout.axis_name)
+    for k in range(layout.num_topk):
+        picked = _pick(rows, row[:, :, k]).astype(dtype)
+        partial += picked if weights is None else weights[:, :, k, None].astype(dtype) * picked
+    partial = partial.astype(rows.dtype)
+    partial = jax.lax.all_to_all(partial, layout.axis_name, split_axis=0, concat_axis=0)
+    total, _ = jax.lax.scan(
+        lambda total, part: (total + part.astype(dtype), None),
+        jnp.zeros_like(partial[0], dtype),
+        partial,
+    )
+    return total.astype(rows.dtype)
+
+
+def row_dots(
+    layout: Layout,
+    rank: Int32[Array, ""],
+    plan: Plan,
+    rows: Num[Array, "capacity hidden"],
+    dout: Num[Array, "num_tokens hidden"],
+) -> Float32[Array, "num_tokens num_topk"]:
+    """Computes the product of each choice's row with its token's row of ``dout``."""
+    del rank
+    dtype = _sum_dtype(rows)
+    row = _row_of_choice(layout, plan)
+    dout = jax.lax.all_gather(dout, layout.axis_name).astype(dtype)
+    dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
+    dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
+    # Each choice has its row on one rank; the others contribute exact zeros.
+    return jax.lax.all_to_all(dots, layout.axis_name, split_axis=0, concat_axis=0).sum(axis=0)
+
+
+OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
+
+
+def _place(layout: Layout, expert: Array) -> tuple[Array, Array]:
+    """Decides for every choice [R, T, K] whether it is kept, and its row on its expert's rank."""
+    num_experts, num_ranks = layout.num_experts, layout.num_ranks
+    routed = expert != DROPPED
+    dest = jnp.where(routed, expert // layout.num_local_experts, num_ranks)
+    arrival = _position_among_equals(dest.transpose(2, 1, 0).reshape(-1), num_ranks + 1)
+    arrival = arrival.reshape(dest.shape[::-1]).transpose(2, 1, 0)
+    kept = routed & (arrival < layout.budget)
+
+    sizes = _round_up(_group_rows(layout, expert, kept), layout.alignment)
+    starts = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
+    group = jnp.where(kept, expert, num_experts).reshape(-1)
+    row = starts.at[group].get(mode="fill", fill_value=0)
+    row = row + _position_among_equals(group, num_experts + 1)
+    return kept, row.reshape(expert.shape)
+
+
+def _group_rows(layout: Layout, expert: Array, kept: Array) -> Array:
+    """Counts the kept choices of each expert, as [num_ranks, num_local_experts]."""
+    counts = _count(jnp.where(kept, expert, DROPPED).reshape(-1), layout.num_experts)
+    return counts.reshape(layout.num_ranks, layout.num_local_experts)
+
+
+def _position_among_equals(keys: Array, num_keys: int) -> Array:
+    """Returns for each element how many equal ones stand before it."""
+    order = jnp.argsort(keys, stable=True)
+    counts = _count(keys, num_keys)
+    first = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    position = jnp.arange(keys.size, dtype=jnp.int32) - first[keys[order]]
+    return jnp.zeros_like(position).at[order].set(position, unique_indices=True)
+
+
+def _count(keys: Array, num_keys: int) -> Array:
+    """Counts each key in ``[0, num_keys)``; leaves out negative ones."""
+    keys = jnp.where(keys < 0, num_keys, keys)
+    return jnp.zeros_like(keys, shape=num_keys).at[keys].add(1, mode="drop")
+
+
+def _round_up(sizes: Array, alignment: int) -> Array:
+    return (sizes + (alignment - 1)) // alignment * alignment
+
+
+def _row_of_choice(layout: Layout, plan: Plan) -> Array:
+    """Inverts the receive lists: this rank's row for each choice [R, T, K], or ``DROPPED``."""
+    shape = (layout.num_ranks, layout.num_tokens, layout.num_topk)
+    size = layout.num_ranks * layout.num_tokens * layout.num_topk
+    choice = jnp.where(plan._recv_choice == DROPPED, size, plan._recv_choice)
+    row = jnp.full_like(plan._recv_row, DROPPED, shape=size)
+    return row.at[choice].set(plan._recv_row, mode="drop").reshape(shape)
+
+
+def _pick(rows: Array, row: Array) -> Array:
+    """Takes rows by index, zero where the index is ``DROPPED``."""
+    # Mask what is read, not the product: an unused row may hold NaN.
+    return _mask(row, rows.at[row].get(mode="clip"))
+
+
+def _mask(row: Array, values: Array) -> Array:
+    return jnp.where((row != DROPPED)[..., None], values, jnp.zeros((), values.dtype))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """Multiplies and sums the last axis in an order that does not depend on how XLA compiles it."""
+    missing = -a.shape[-1] % _DOT_LANES
+    a, b = (jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, missing)]) for v in (a, b))
+    steps = [jnp.moveaxis(v.reshape(*v.shape[:-1], -1, _DOT_LANES), -2, 0) for v in (a, b)]
+    lanes = jnp.zeros_like(a, shape=(*a.shape[:-1], _DOT_LANES))
+    lanes, _ = jax.lax.scan(lambda lanes, ab: (lanes + ab[0] * ab[1], None), lanes, tuple(steps))
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _sum_dtype(x: Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
