@@ -1,0 +1,28 @@
+"""Helps to test expert-parallel code: processes, routings, payloads and comparisons.
+
+Nothing here needs pytest, and nothing here is imported by the rest of the library.
+"""
+
+from jax_ep.testing._cluster import MultiprocessFailure
+from jax_ep.testing._compare import assert_bitwise_equal, assert_close_ulp
+from jax_ep.testing._multiprocess import multiprocess
+from jax_ep.testing._origin import decode_origin, encode_origin
+from jax_ep.testing._routings import (
+    k_hot_routing,
+    routing_with_holes,
+    uniform_routing,
+    zipf_routing,
+)
+
+__all__ = [
+    "MultiprocessFailure",
+    "assert_bitwise_equal",
+    "assert_close_ulp",
+    "decode_origin",
+    "encode_origin",
+    "k_hot_routing",
+    "multiprocess",
+    "routing_with_holes",
+    "uniform_routing",
+    "zipf_routing",
+]
