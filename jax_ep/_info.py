@@ -1,0 +1,73 @@
+"""What runs here: versions, devices, and which implementation serves."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import platform
+
+import jax
+
+import jax_ep
+from jax_ep import _native
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "jax-cuda13-plugin")
+
+
+def info() -> str:
+    """Describes this machine to a reader who wonders which implementation runs, and why.
+
+    Starts JAX's backends, as it lists their devices.
+
+    Returns:
+      Lines of text in sections: versions, devices, implementations and the native library.
+    """
+    return "\n".join(
+        f"{title}\n" + "\n".join(f"  {name:<20}{value}" for name, value in section.items())
+        for title, section in {
+            "versions": _versions(),
+            "devices": _devices(),
+            "implementations": _implementations(),
+            "native library": _library(),
+        }.items()
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "jax_ep": jax_ep.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _devices() -> dict[str, str]:
+    kinds = collections.Counter(f"{d.platform}: {d.device_kind}" for d in jax.devices())
+    local = len(jax.local_devices())
+    return {
+        "default backend": jax.default_backend(),
+        "in all processes": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
+        "in this process": f"{local} (process {jax.process_index()} of {jax.process_count()})",
+    }
+
+
+def _implementations() -> dict[str, str]:
+    reason = _native.unavailable_reason()
+    native = "CPU devices of one process, and the ranks of a vmap axis on one of them"
+    return {
+        "xla": "serves on every platform, in any number of processes",
+        "native": f"serves {native}" if reason is None else f"does not serve: {reason}",
+        "None": f"takes {'native' if reason is None else 'xla'}",
+    }
+
+
+def _library() -> dict[str, str]:
+    try:
+        return _native.library_info()
+    except NotImplementedError as error:
+        return {"unusable": str(error)}
