@@ -43,4 +43,6 @@ def result_type(
 ) -> jax.ShapeDtypeStruct:
     """Returns the type of a foreign call's result that varies along the same mesh axes as ``like``."""
     # A plain ShapeDtypeStruct would be typed as replicated inside shard_map.
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
+    whole = jax.sharding.PartitionSpec(*(None,) * len(shape))
+    sharding = jax.sharding.NamedSharding(jax.typeof(like).sharding.mesh, whole)
+    return jax.typeof(like).update(shape=shape, dtype=jax.numpy.dtype(dtype), sharding=sharding)

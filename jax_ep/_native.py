@@ -191,8 +191,8 @@ OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "ro
 def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes: int) -> Any:
     _register()
     target = f"jax_ep_{op}" if op == "plan" else f"jax_ep_{op}_{layout.fabric}"
-    attributes |= {"num_ranks": layout.num_ranks, "num_experts": layout.num_experts}
-    attributes |= {"capacity": layout.capacity}
+    for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
+        attributes[name] = getattr(layout, name)
     call = jax.ffi.ffi_call(target, results)
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
 

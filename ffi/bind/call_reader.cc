@@ -1,0 +1,87 @@
+#include "bind/call_reader.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace jax_ep {
+
+std::optional<DType> KernelDType(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      return DType::kBF16;
+    case ffi::DataType::F16:
+      return DType::kF16;
+    case ffi::DataType::F32:
+      return DType::kF32;
+    case ffi::DataType::F64:
+      return DType::kF64;
+    default:
+      return std::nullopt;
+  }
+}
+
+std::int64_t Tensor::elements() const {
+  std::int64_t product = 1;
+  for (const std::int64_t dim : dims) product *= dim;
+  return product;
+}
+
+std::int64_t CallReader::Attribute(const char* name) {
+  const auto value = attributes_.get<std::int64_t>(name);
+  if (value.has_value()) return *value;
+  Require(false, name);
+  return 1;
+}
+
+Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
+  const auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
+  if (!buffer.has_value() || buffer->dimensions().size() < min_dims) {
+    Require(false, name);
+    return {};
+  }
+  return {buffer->untyped_data(), buffer->element_type(), buffer->dimensions()};
+}
+
+Tensor CallReader::Result(const char* name, std::size_t min_dims) {
+  auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
+  if (!buffer.has_value() || (*buffer)->dimensions().size() < min_dims) {
+    Require(false, name);
+    return {};
+  }
+  return {(*buffer)->untyped_data(), (*buffer)->element_type(),
+          (*buffer)->dimensions()};
+}
+
+Whereabouts CallReader::whereabouts() {
+  const Tensor rank = Operand("rank", 0);
+  const std::int64_t stacked = rank.elements();
+  const Whereabouts where = {
+      .rank = static_cast<std::int32_t*>(
+          Checked(rank, "rank", ffi::DataType::S32, stacked)),
+      .group = Operand<std::int32_t>("group", ffi::DataType::S32, stacked),
+      .fingerprint =
+          Operand<std::uint32_t>("fingerprint", ffi::DataType::U32, stacked),
+      .num_stacked = stacked,
+      .num_ranks = Attribute("num_ranks"),
+  };
+  if (failed()) return where;
+  Require(stacked == 1 || stacked == where.num_ranks, "as many ranks as stacked");
+  for (std::int64_t i = 0; i < stacked; ++i) {
+    Require(where.rank[i] >= 0 && where.rank[i] < where.num_ranks, "rank < num_ranks");
+  }
+  return where;
+}
+
+void CallReader::Require(bool holds, const char* what) {
+  if (!holds && !error_) error_ = std::string("bad call: it must have ") + what;
+}
+
+void* CallReader::Checked(const Tensor& tensor, const char* name, ffi::DataType type,
+                          std::int64_t elements) {
+  Require(tensor.type == type && tensor.elements() == elements, name);
+  return failed() ? nullptr : tensor.data;
+}
+
+}  // namespace jax_ep

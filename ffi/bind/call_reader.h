@@ -1,0 +1,85 @@
+#ifndef JAX_EP_FFI_BIND_CALL_READER_H_
+#define JAX_EP_FFI_BIND_CALL_READER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/dtype.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+namespace ffi = xla::ffi;
+
+// The kernels' name of an XLA element type, if they compute with it.
+std::optional<DType> KernelDType(ffi::DataType type);
+
+// An operand or result: its first element and what it has been found to be.
+struct Tensor {
+  void* data = nullptr;
+  ffi::DataType type = ffi::DataType::INVALID;
+  ffi::AnyBuffer::Dimensions dims{nullptr, 0};
+
+  // The axis that is `back` places from the last one: 0 is the last.
+  std::int64_t dim(std::size_t back) const { return dims[dims.size() - 1 - back]; }
+  std::int64_t elements() const;
+  std::int64_t byte_width() const {
+    return static_cast<std::int64_t>(ffi::ByteWidth(type));
+  }
+};
+
+// Which ranks an exchange's call is for, and of which exchange.
+struct Whereabouts {
+  const std::int32_t* rank;          // [num_stacked]
+  const std::int32_t* group;         // [num_stacked]
+  const std::uint32_t* fingerprint;  // [num_stacked]
+  std::int64_t num_stacked;          // ranks whose operands this call holds
+  std::int64_t num_ranks;
+};
+
+// Reads the operands, results and attributes of one call in the order that Python passes
+// them. The first thing found wrong is kept as the error; what is read after it is empty.
+class CallReader {
+ public:
+  CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
+             ffi::Dictionary attributes)
+      : operands_(operands), results_(results), attributes_(attributes) {}
+
+  std::int64_t Attribute(const char* name);
+
+  // The next operand or result: of any shape, or of `elements` in all.
+  Tensor Operand(const char* name, std::size_t min_dims);
+  Tensor Result(const char* name, std::size_t min_dims);
+  template <typename T>
+  T* Operand(const char* name, ffi::DataType type, std::int64_t elements) {
+    return static_cast<T*>(Checked(Operand(name, 0), name, type, elements));
+  }
+  template <typename T>
+  T* Result(const char* name, ffi::DataType type, std::int64_t elements) {
+    return static_cast<T*>(Checked(Result(name, 0), name, type, elements));
+  }
+
+  // The first three operands of every exchange.
+  Whereabouts whereabouts();
+
+  void Require(bool holds, const char* what);
+  bool failed() const { return error_.has_value(); }
+  ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
+
+ private:
+  void* Checked(const Tensor& tensor, const char* name, ffi::DataType type,
+                std::int64_t elements);
+
+  ffi::RemainingArgs operands_;
+  ffi::RemainingRets results_;
+  ffi::Dictionary attributes_;
+  std::size_t next_operand_ = 0;
+  std::size_t next_result_ = 0;
+  std::optional<std::string> error_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_BIND_CALL_READER_H_

@@ -1,0 +1,113 @@
+#ifndef JAX_EP_FFI_BIND_EXCHANGE_H_
+#define JAX_EP_FFI_BIND_EXCHANGE_H_
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "bind/call_reader.h"
+#include "fabric/meeting.h"
+#include "fabric/work_share.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+// Identifies one custom call of a compiled program, the same for all its devices. XLA
+// makes it when it instantiates the call, so that two calls of one traced function are
+// told apart although everything else about them is equal.
+struct CallSite {
+  static ffi::TypeId id;
+  static const ffi::TypeInfo info;
+  std::int64_t number;
+};
+
+// Where the devices of this process meet.
+MeetingPoint& ProcessMeetingPoint();
+
+Schedule ScheduleOn(ffi::ThreadPool& pool);
+
+// Operands of an exchange: those of all ranks along a leading axis, or of one device's.
+// An Op has
+//   explicit Op(CallReader&): reads and checks its own operands
+//   Args At(i): the i-th rank's arguments, but for its peers' tables
+//   Lent LentAt(i): the buffers that rank's peers read
+//   static void SetPeers(Args&, const PeerTables&)
+//   static Work MakeWork(const Args&)
+//   const char* name() and std::array<int64_t, 2> lent_dims(), for errors
+
+// Runs an exchange of ranks whose operands are stacked on one device.
+template <typename Op>
+ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
+                           ffi::RemainingRets results, ffi::Dictionary attributes) {
+  CallReader reader(operands, results, attributes);
+  const Whereabouts where = reader.whereabouts();
+  const Op op(reader);
+  if (reader.failed()) return reader.error();
+  std::array<std::vector<const void*>, 2> tables;
+  for (std::int64_t i = 0; i < where.num_stacked; ++i) {
+    const Lent lent = op.LentAt(i);
+    for (std::size_t j = 0; j < tables.size(); ++j) tables[j].push_back(lent[j]);
+  }
+  std::vector<typename Op::Args> args;
+  for (std::int64_t i = 0; i < where.num_stacked; ++i) {
+    args.push_back(op.At(i));
+    Op::SetPeers(args.back(), {tables[0].data(), tables[1].data()});
+  }
+  std::vector<Work> works;
+  for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
+  RunTogether(std::move(works), ScheduleOn(pool));
+  return ffi::Error::Success();
+}
+
+// Runs this device's part of an exchange with the other devices of the process.
+template <typename Op>
+ffi::Error ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPool pool,
+                           ffi::RemainingArgs operands, ffi::RemainingRets results,
+                           ffi::Dictionary attributes) {
+  CallReader reader(operands, results, attributes);
+  const Whereabouts where = reader.whereabouts();
+  const Op op(reader);
+  if (reader.failed()) return reader.error();
+  typename Op::Args args = op.At(0);
+  const Attendance attendance = {
+      .key = {.run_id = run.run_id, .call_site = site->number, .group = *where.group},
+      .print = {.op = op.name(), .dims = op.lent_dims(), .plan = *where.fingerprint},
+      .rank = *where.rank,
+      .num_ranks = static_cast<std::int32_t>(where.num_ranks),
+      .lent = op.LentAt(0),
+      .make_work =
+          [&args](const PeerTables& tables) {
+            Op::SetPeers(args, tables);
+            return Op::MakeWork(args);
+          },
+      .schedule = ScheduleOn(pool),
+  };
+  if (const auto failure = ProcessMeetingPoint().Attend(attendance)) {
+    return {ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *failure};
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_ep
+
+// Defines an op's two handlers: jax_ep_NAME_stacked and jax_ep_NAME_devices.
+#define EP_DEFINE_EXCHANGE(name, Op)                                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked,                         \
+                                jax_ep::ExchangeStacked<Op>,                     \
+                                xla::ffi::Ffi::Bind()                            \
+                                    .Ctx<xla::ffi::ThreadPool>()                 \
+                                    .RemainingArgs()                             \
+                                    .RemainingRets()                             \
+                                    .Attrs());                                   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_devices,                         \
+                                jax_ep::ExchangeDevices<Op>,                     \
+                                xla::ffi::Ffi::Bind()                            \
+                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>()    \
+                                    .Ctx<xla::ffi::RunId>()                      \
+                                    .Ctx<xla::ffi::ThreadPool>()                 \
+                                    .RemainingArgs()                             \
+                                    .RemainingRets()                             \
+                                    .Attrs())
+
+#endif  // JAX_EP_FFI_BIND_EXCHANGE_H_

@@ -1,0 +1,27 @@
+#ifndef JAX_EP_FFI_COMMON_REDUCE_ROWS_H_
+#define JAX_EP_FFI_COMMON_REDUCE_ROWS_H_
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace jax_ep {
+
+// One rank pulls its tokens' rows from the ranks of their experts and adds them up:
+// `combine`, and, with unit weights, the gradient of `dispatch`.
+struct ReduceRowsArgs {
+  const void* const* rows;       // [num_ranks] tables of [capacity, hidden]
+  const float* weights;          // [num_tokens, num_topk], or null: all ones
+  const std::int32_t* topk_idx;  // [num_tokens, num_topk]
+  const std::int32_t* send_row;  // [num_tokens, num_topk], kDropped: leave out
+  void* out;                     // [num_tokens, hidden]
+  std::int64_t num_tokens;
+  std::int64_t num_topk;
+  std::int64_t num_local_experts;
+  std::int64_t hidden;
+  DType dtype;  // of rows and out
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_COMMON_REDUCE_ROWS_H_

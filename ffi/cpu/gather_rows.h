@@ -1,0 +1,14 @@
+#ifndef JAX_EP_FFI_CPU_GATHER_ROWS_H_
+#define JAX_EP_FFI_CPU_GATHER_ROWS_H_
+
+#include "common/gather_rows.h"
+#include "cpu/work.h"
+
+namespace jax_ep {
+
+// Returns the work of one rank. `args` is read when it runs and must live until then.
+Work GatherRowsWork(const GatherRowsArgs& args);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CPU_GATHER_ROWS_H_

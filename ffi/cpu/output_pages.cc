@@ -1,0 +1,28 @@
+#include "cpu/output_pages.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+
+namespace jax_ep {
+namespace {
+
+constexpr std::int64_t kHugePageBytes = 2 * 1024 * 1024;
+constexpr std::int64_t kPrepareFromBytes = 16 * 1024 * 1024;
+constexpr std::int64_t kStreamFromBytes = 16 * 1024 * 1024;
+
+}  // namespace
+
+void PrepareOutputPages(void* data, std::int64_t bytes) {
+  if (bytes < kPrepareFromBytes) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + kHugePageBytes - 1) & -kHugePageBytes;
+  const std::uintptr_t end =
+      (address + static_cast<std::uintptr_t>(bytes)) & -kHugePageBytes;
+  if (begin >= end) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+bool StreamsOutput(std::int64_t bytes) { return bytes >= kStreamFromBytes; }
+
+}  // namespace jax_ep

@@ -1,0 +1,60 @@
+#include "cpu/reduce_rows.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/plan.h"
+#include "cpu/row_math.h"
+
+namespace jax_ep {
+namespace {
+
+std::int64_t TokensPerChunk(const ReduceRowsArgs& args) {
+  return ItemsPerChunk(args.hidden * ByteWidth(args.dtype) * args.num_topk);
+}
+
+// Lists token t's rows by ascending (rank, k); returns how many there are.
+std::int64_t ListTerms(const ReduceRowsArgs& args, std::int64_t t, ReduceTerm* terms) {
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  std::int64_t count = 0;
+  for (std::int64_t k = 0; k < args.num_topk; ++k) {
+    const std::int64_t choice = t * args.num_topk + k;
+    const std::int32_t row = args.send_row[choice];
+    if (row == kDropped) continue;
+    const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
+    const ReduceTerm term = {
+        .row = static_cast<const char*>(args.rows[rank]) + row * row_bytes,
+        .weight = args.weights == nullptr ? 1.0F : args.weights[choice],
+        .rank = static_cast<std::int32_t>(rank),
+    };
+    std::int64_t i = count++;
+    for (; i > 0 && terms[i - 1].rank > term.rank; --i) terms[i] = terms[i - 1];
+    terms[i] = term;
+  }
+  return count;
+}
+
+void RunChunk(const void* opaque, std::int64_t chunk) {
+  const auto& args = *static_cast<const ReduceRowsArgs*>(opaque);
+  const RowMath& math = BestRowMath();
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  const std::int64_t begin = chunk * TokensPerChunk(args);
+  const std::int64_t end = std::min(begin + TokensPerChunk(args), args.num_tokens);
+  std::vector<ReduceTerm> terms(static_cast<std::size_t>(args.num_topk));
+  for (std::int64_t t = begin; t < end; ++t) {
+    const std::int64_t count = ListTerms(args, t, terms.data());
+    void* out = static_cast<char*>(args.out) + t * row_bytes;
+    math.reduce(args.dtype, terms.data(), count, out, args.hidden);
+  }
+}
+
+}  // namespace
+
+Work ReduceRowsWork(const ReduceRowsArgs& args) {
+  return {.args = &args,
+          .run = RunChunk,
+          .num_chunks = CeilDiv(args.num_tokens, TokensPerChunk(args))};
+}
+
+}  // namespace jax_ep

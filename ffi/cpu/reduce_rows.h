@@ -1,0 +1,14 @@
+#ifndef JAX_EP_FFI_CPU_REDUCE_ROWS_H_
+#define JAX_EP_FFI_CPU_REDUCE_ROWS_H_
+
+#include "common/reduce_rows.h"
+#include "cpu/work.h"
+
+namespace jax_ep {
+
+// Returns the work of one rank. `args` is read when it runs and must live until then.
+Work ReduceRowsWork(const ReduceRowsArgs& args);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CPU_REDUCE_ROWS_H_

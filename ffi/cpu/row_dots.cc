@@ -1,0 +1,45 @@
+#include "cpu/row_dots.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/plan.h"
+#include "cpu/row_math.h"
+
+namespace jax_ep {
+namespace {
+
+std::int64_t TokensPerChunk(const RowDotsArgs& args) {
+  return ItemsPerChunk(args.hidden * ByteWidth(args.dtype) * args.num_topk);
+}
+
+void RunChunk(const void* opaque, std::int64_t chunk) {
+  const auto& args = *static_cast<const RowDotsArgs*>(opaque);
+  const RowMath& math = BestRowMath();
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  const std::int64_t begin = chunk * TokensPerChunk(args);
+  const std::int64_t end = std::min(begin + TokensPerChunk(args), args.num_tokens);
+  for (std::int64_t choice = begin * args.num_topk; choice < end * args.num_topk;
+       ++choice) {
+    const std::int32_t row = args.send_row[choice];
+    if (row == kDropped) {
+      args.dots[choice] = 0;
+      continue;
+    }
+    const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
+    const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
+    const char* b =
+        static_cast<const char*>(args.dout) + choice / args.num_topk * row_bytes;
+    args.dots[choice] = math.dot(args.dtype, a, b, args.hidden);
+  }
+}
+
+}  // namespace
+
+Work RowDotsWork(const RowDotsArgs& args) {
+  return {.args = &args,
+          .run = RunChunk,
+          .num_chunks = CeilDiv(args.num_tokens, TokensPerChunk(args))};
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,14 @@
+#ifndef JAX_EP_FFI_CPU_ROW_DOTS_H_
+#define JAX_EP_FFI_CPU_ROW_DOTS_H_
+
+#include "common/row_dots.h"
+#include "cpu/work.h"
+
+namespace jax_ep {
+
+// Returns the work of one rank. `args` is read when it runs and must live until then.
+Work RowDotsWork(const RowDotsArgs& args);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CPU_ROW_DOTS_H_

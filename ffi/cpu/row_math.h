@@ -1,0 +1,58 @@
+#ifndef JAX_EP_FFI_CPU_ROW_MATH_H_
+#define JAX_EP_FFI_CPU_ROW_MATH_H_
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace jax_ep {
+
+// One summand of a token's result.
+struct ReduceTerm {
+  const void* row;       // [hidden]
+  float weight;
+  std::int32_t rank;     // whose row it is; terms come in ascending rank
+};
+
+// Arithmetic on whole rows. One table per instruction set, all with the same results to
+// the last bit.
+struct RowMath {
+  const char* instruction_set;
+
+  // Copies `bytes` from src to each of `count` destinations. `stream`: with stores that
+  // leave the caches alone, to be followed by Fence before another thread reads.
+  void (*copy)(const void* src, void* const* dst, std::int64_t count, std::int64_t bytes,
+               bool stream);
+  void (*fence)();
+
+  // dst = weight * src, rounded once.
+  void (*scale)(DType dtype, const void* src, float weight, void* dst,
+                std::int64_t hidden);
+
+  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h.
+  void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms, void* out,
+                 std::int64_t hidden);
+
+  // Sum of a * b: 64 lanes that each take every 64th product by fma, then halves added.
+  float (*dot)(DType dtype, const void* a, const void* b, std::int64_t hidden);
+};
+
+// Returns the best table that this CPU runs.
+const RowMath& BestRowMath();
+
+// Runs denormals and rounding as IEEE 754 says while it lives. XLA may have set its
+// threads to flush denormals, and which thread runs a chunk must not show in results.
+class ScopedIeee {
+ public:
+  ScopedIeee();
+  ~ScopedIeee();
+  ScopedIeee(const ScopedIeee&) = delete;
+  ScopedIeee& operator=(const ScopedIeee&) = delete;
+
+ private:
+  std::uint64_t saved_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CPU_ROW_MATH_H_

@@ -1,0 +1,65 @@
+#include "fabric/work_share.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cpu/row_math.h"
+
+namespace jax_ep {
+
+WorkShare::WorkShare(std::vector<Work> works) : works_(std::move(works)) {
+  starts_.reserve(works_.size() + 1);
+  starts_.push_back(0);
+  for (const Work& work : works_) starts_.push_back(starts_.back() + work.num_chunks);
+}
+
+bool WorkShare::Drain() {
+  const ScopedIeee ieee;
+  bool ended_last = false;
+  for (;;) {
+    // Relaxed: taking a chunk orders nothing, the works were published before.
+    const std::int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
+    if (chunk >= num_chunks()) break;
+    RunChunk(chunk);
+    // Releases this chunk's writes; whoever reads the full count acquires all of them.
+    ended_last = ended_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks();
+  }
+  if (ended_last) ended_.notify_all();
+  return ended_last;
+}
+
+void WorkShare::AwaitEnd() const {
+  std::int64_t ended = ended_.load(std::memory_order_acquire);
+  while (ended != num_chunks()) {
+    ended_.wait(ended, std::memory_order_acquire);
+    ended = ended_.load(std::memory_order_acquire);
+  }
+}
+
+void WorkShare::RunChunk(std::int64_t chunk) const {
+  const auto after = std::upper_bound(starts_.begin(), starts_.end(), chunk);
+  const auto index = static_cast<std::size_t>(after - starts_.begin() - 1);
+  const Work& work = works_[index];
+  work.run(work.args, chunk - starts_[index]);
+}
+
+void RunTogether(std::vector<Work> works, const Schedule& schedule) {
+  // Helpers may be run after this has returned: they find nothing left to take.
+  const auto share = std::make_shared<WorkShare>(std::move(works));
+  for (std::int64_t i = 1; i < UsefulThreads(share->num_chunks()); ++i) {
+    schedule([share] { share->Drain(); });
+  }
+  share->Drain();
+  share->AwaitEnd();
+}
+
+std::int64_t UsefulThreads(std::int64_t num_chunks) {
+  static const std::int64_t cores = std::max(1U, std::thread::hardware_concurrency());
+  return std::min(cores, num_chunks);
+}
+
+}  // namespace jax_ep

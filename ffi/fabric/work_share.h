@@ -1,0 +1,51 @@
+#ifndef JAX_EP_FFI_FABRIC_WORK_SHARE_H_
+#define JAX_EP_FFI_FABRIC_WORK_SHARE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu/work.h"
+
+namespace jax_ep {
+
+// Hands out the chunks of several ranks' works to whichever threads ask, each once.
+// A rank with much to receive is helped by the others, and the number of threads at work
+// is that of those that ask, not of the ranks.
+class WorkShare {
+ public:
+  explicit WorkShare(std::vector<Work> works);
+
+  std::int64_t num_chunks() const { return starts_.back(); }
+
+  // Runs chunks until none is left to take. Returns whether it ended the last one, in
+  // which case all chunks' effects are visible to the caller.
+  bool Drain();
+
+  // Returns when all chunks have ended. Only chunks that a thread is running are waited
+  // for, if the caller has drained the rest.
+  void AwaitEnd() const;
+
+ private:
+  void RunChunk(std::int64_t chunk) const;
+
+  std::vector<Work> works_;
+  std::vector<std::int64_t> starts_;  // [works + 1], first chunk of each work
+  std::atomic<std::int64_t> next_{0};
+  std::atomic<std::int64_t> ended_{0};
+};
+
+// Runs tasks on some thread, at some time, or never.
+using Schedule = std::function<void(std::function<void()>)>;
+
+// Runs works whose peers are all on this thread's device: no rank is waited for. Helpers
+// are scheduled where there are cores for them.
+void RunTogether(std::vector<Work> works, const Schedule& schedule);
+
+// Returns how many threads are worth having for `num_chunks`: at most one per core.
+std::int64_t UsefulThreads(std::int64_t num_chunks);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_WORK_SHARE_H_
