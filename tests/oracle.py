@@ -11,6 +11,7 @@ import dataclasses
 import fractions
 
 import numpy as np
+import numpy.typing as npt
 
 NOWHERE = -1
 
@@ -167,7 +168,7 @@ def _accumulator(dtype: np.dtype) -> type[np.floating]:
     return np.float64 if dtype == np.float64 else np.float32
 
 
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> np.ndarray:
     """Computes ``a * b + c`` with a single rounding, in the dtype of ``c``."""
     a, b, c = np.broadcast_arrays(a, b, c)
     return _fma64(a, b, c) if c.dtype == np.float64 else _fma32(a, b, c)

@@ -58,8 +58,11 @@ def test_counts() -> None:
 
 
 def test_overflow_keeps_first_choices_then_earlier_tokens_then_lower_ranks() -> None:
-    """Rank 0 is asked for 7 rows, in the order of the rule (k, token, source): with 3 it keeps
-    (0,0,0) (0,0,1) (0,1,0), that is tokens 0 and 1 of rank 0 and token 0 of rank 1."""
+    """Rank 0 is asked for 7 rows and has 3.
+
+    In the order of the rule (k, token, source) the first are (0, 0, 0), (0, 0, 1) and (0, 1, 0),
+    that is tokens 0 and 1 of rank 0 and token 0 of rank 1.
+    """
     plan = oracle.plan(TOPK_IDX, 4, capacity=3)
 
     assert plan.origin[0].tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0]]
@@ -114,8 +117,11 @@ def test_combine_weighs_and_leaves_out_what_is_not_kept() -> None:
 
 
 def test_combine_rounds_each_ranks_part_to_the_dtype_of_the_rows() -> None:
-    """Two choices on rank 0 and one on rank 1. In bfloat16, 256 + 1 is a tie that goes to 256, so
-    the part of rank 0 loses its 1; a single sum of all three would give 260."""
+    """Two of the choices are on rank 0 and one is on rank 1.
+
+    In bfloat16, 256 + 1 is a tie that goes to 256, so the part of rank 0 loses its 1; a single sum
+    of all three would give 260.
+    """
     topk_idx = np.array([[[0, 1, 2]], [[-1, -1, -1]]], np.int32)
     plan = oracle.plan(topk_idx, 4)
     rows = np.zeros((2, plan.capacity, 1), ml_dtypes.bfloat16)

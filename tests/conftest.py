@@ -1,0 +1,62 @@
+"""Eight CPU devices, strict dtype promotion, warnings as errors, and the table's fixtures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before JAX starts: it reads these once. Compiling takes most of the tests' time, so LLVM gets
+# little to do; XLA's own passes all run.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from implementations import NAMES, ROWS, Row, require  # noqa: E402
+
+import jax_ep  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile(
+    "jax_ep", deadline=None, derandomize=True, max_examples=20, database=None
+)
+hypothesis.settings.load_profile("jax_ep")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="session", params=ROWS, ids=str)
+def row(request: pytest.FixtureRequest) -> Row:
+    """Each implementation on each fabric."""
+    require(request.param.implementation)
+    return request.param
+
+
+@pytest.fixture(scope="session", params=[row for row in ROWS if row.serves(4)], ids=str)
+def ranks_row(request: pytest.FixtureRequest) -> Row:
+    """Each implementation on each fabric that serves several ranks."""
+    require(request.param.implementation)
+    return request.param
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Each implementation, where the test brings its own mesh."""
+    require(request.param)
+    return request.param
+
+
+@pytest.fixture
+def wait_timeout() -> Iterator[None]:
+    """Puts the bound on waiting back to what it was."""
+    before = jax_ep.set_wait_timeout(60.0)
+    yield
+    jax_ep.set_wait_timeout(before)

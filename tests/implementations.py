@@ -1,0 +1,120 @@
+"""Every implementation on every fabric: one row each, and every test takes the row as a parameter.
+
+A row turns a function of one rank into a function of all of them. The tests hand over NumPy arrays
+with a leading axis of ranks and get such arrays back, whatever runs in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jax_ep
+
+AXIS = "expert"
+PerRank = Callable[..., Any]
+
+
+def over_devices(f: PerRank, num_ranks: int) -> PerRank:
+    """Runs one rank on each of the first devices."""
+    devices = jax.devices()[:num_ranks]
+    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+    def block(*args: Any) -> Any:
+        out = f(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], out)
+
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def stacked(f: PerRank, num_ranks: int) -> PerRank:
+    """Runs all ranks on one device."""
+    return jax.vmap(f, axis_name=AXIS, axis_size=num_ranks)
+
+
+def alone(f: PerRank, num_ranks: int) -> PerRank:
+    """Runs the only rank, without an axis."""
+    assert num_ranks == 1
+
+    def block(*args: Any) -> Any:
+        out = f(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], out)
+
+    return block
+
+
+@dataclasses.dataclass(frozen=True)
+class Fabric:
+    """How ranks meet, and for how many of them it serves."""
+
+    name: str
+    over_ranks: Callable[[PerRank, int], PerRank]
+    max_ranks: int
+    axis_name: str | None = AXIS
+
+
+SHARD_MAP = Fabric("shard_map", over_devices, 8)
+VMAP = Fabric("vmap", stacked, 64)
+ONE = Fabric("one", alone, 1, axis_name=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One implementation on one fabric."""
+
+    implementation: str
+    fabric: Fabric
+    exact: bool
+    """Whether its rounding is the contract's bit for bit, or to the last place or two."""
+
+    def __str__(self) -> str:
+        return f"{self.implementation}-{self.fabric.name}"
+
+    def serves(self, num_ranks: int) -> bool:
+        return num_ranks <= self.fabric.max_ranks
+
+    def over_ranks(self, f: PerRank, num_ranks: int) -> PerRank:
+        """Makes ``f`` of one rank a function of all, on arrays with a leading axis of ranks."""
+        return self.fabric.over_ranks(f, num_ranks)
+
+    def jit(self, f: PerRank, num_ranks: int) -> PerRank:
+        return jax.jit(self.over_ranks(f, num_ranks))
+
+    @property
+    def make_plan(self) -> Callable[..., jax_ep.Plan]:
+        return functools.partial(
+            jax_ep.make_plan,
+            axis_name=self.fabric.axis_name,
+            implementation=self.implementation,
+        )
+
+
+ROWS = [
+    Row("xla", SHARD_MAP, exact=False),
+    Row("xla", VMAP, exact=False),
+    Row("xla", ONE, exact=False),
+    Row("native", SHARD_MAP, exact=True),
+    Row("native", VMAP, exact=True),
+    Row("native", ONE, exact=True),
+]
+NAMES = ("xla", "native")
+
+
+def require(implementation: str) -> None:
+    """Skips the test where the implementation was not built, or fails it if it had to be."""
+    library = pathlib.Path(jax_ep.__file__).parent / "libjax_ep_cpu.so"
+    if implementation != "native" or library.is_file():
+        return
+    message = f"{library} was not built, so there is no native implementation to test."
+    if os.environ.get("JAX_EP_REQUIRE_NATIVE") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
