@@ -10,13 +10,15 @@ namespace jax_ep {
 namespace {  // NOLINT(google-build-namespaces)
 
 // How each dtype is stored, what it is summed in, and how a sum is rounded back: to
-// nearest, ties to even. Branch-free, so that loops over them vectorise.
+// nearest, ties to even. RoundSum(x) is Load(Round(x)). Branch-free, so that loops over
+// them vectorise.
 
 struct F32 {
   using Storage = float;
   using Sum = float;
   static float Load(float x) { return x; }
   static float Round(float x) { return x; }
+  static float RoundSum(float x) { return x; }
 };
 
 struct F64 {
@@ -24,6 +26,7 @@ struct F64 {
   using Sum = double;
   static double Load(double x) { return x; }
   static double Round(double x) { return x; }
+  static double RoundSum(double x) { return x; }
 };
 
 struct BF16 {
@@ -33,11 +36,13 @@ struct BF16 {
     return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16);
   }
   static std::uint16_t Round(float x) {
+    return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(RoundSum(x)) >> 16);
+  }
+  static float RoundSum(float x) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-    const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const std::uint32_t quiet_nan = (bits >> 16) | 0x40;
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return static_cast<std::uint16_t>(is_nan ? quiet_nan : rounded);
+    const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const std::uint32_t quiet_nan = bits | 0x400000;
+    return std::bit_cast<float>((x == x ? rounded : quiet_nan) & 0xffff0000);
   }
 };
 
@@ -71,6 +76,7 @@ struct F16 {
     const std::uint32_t half = magnitude >= 0x47800000 ? special : finite;
     return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000));
   }
+  static float RoundSum(float x) { return Load(Round(x)); }
 };
 
 }  // namespace

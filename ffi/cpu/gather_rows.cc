@@ -59,6 +59,7 @@ void CopyTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end
     do {
       targets.push_back(Row(args, args.recv_row[i++]));
     } while (i < args.num_received && SameToken(args, i, first));
+    if (i < end) math.prefetch(TokenRow(args, SourceOf(args, i)), args.row_bytes);
     math.copy(token, targets.data(), static_cast<std::int64_t>(targets.size()),
               args.row_bytes, stream);
   }

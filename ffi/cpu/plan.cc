@@ -198,48 +198,90 @@ void LayOut(const PlanArgs& args, std::int64_t dest, Exchange& exchange) {
   }
 }
 
-// Numbers the kept choices of `source` and tells the planned ranks among their two ends.
-void Place(const PlanArgs& args, const Exchange& exchange, std::int64_t source) {
-  const std::int32_t first_planned = args.ranks[0];
-  const auto plan_of = [&](std::int64_t rank) { return rank - first_planned; };
-  const bool sender = plan_of(source) >= 0 && plan_of(source) < args.num_plans;
-  const std::int64_t sent = sender ? plan_of(source) * args.choices_per_rank() : 0;
-  std::vector<std::int32_t> next_row(exchange.first_row.row(source),
-                                     exchange.first_row.row(source) + args.num_experts);
-  std::vector<std::int64_t> next_entry(static_cast<std::size_t>(args.num_ranks));
-  for (std::int64_t d = 0; d < args.num_ranks; ++d) {
-    next_entry[static_cast<std::size_t>(d)] =
-        plan_of(d) * args.capacity + exchange.first_entry.row(d)[source];
-  }
-  const std::int32_t* choices = ChoicesOf(args, source);
-  std::int32_t dropped = 0;
-  std::int64_t i = 0;
-  for (std::int64_t t = 0; t < args.num_tokens; ++t) {
-    for (std::int64_t k = 0; k < args.num_topk; ++k, ++i) {
-      const std::int32_t expert = choices[i];
-      std::int32_t row = kDropped;
-      if (expert != kDropped) {
-        const std::int32_t dest = exchange.rank_of[static_cast<std::size_t>(expert)];
-        if (IsKept(args, exchange, dest, k, t, source)) {
-          row = next_row[static_cast<std::size_t>(expert)]++;
-          if (plan_of(dest) >= 0 && plan_of(dest) < args.num_plans) {
-            const std::int64_t entry = next_entry[static_cast<std::size_t>(dest)]++;
-            args.recv_choice[entry] =
-                static_cast<std::int32_t>(source * args.choices_per_rank() + i);
-            args.recv_row[entry] = row;
-          }
-        } else {
-          ++dropped;
-        }
-      }
-      if (sender) {
-        args.send_row[sent + i] = row;
-        args.kept[sent + i] = row != kDropped;
-      }
+// The ranks that plans are made for: a run of consecutive ones.
+struct Planned {
+  explicit Planned(const PlanArgs& args) : first(args.ranks[0]), count(args.num_plans) {}
+  bool Has(std::int64_t rank) const { return rank >= first && rank < first + count; }
+
+  std::int64_t first;
+  std::int64_t count;
+};
+
+// Numbers the kept choices of `source`, and tells the planned ranks at their two ends:
+// which row each choice was given, and which choices a rank receives.
+class Placement {
+ public:
+  Placement(const PlanArgs& args, const Exchange& exchange, std::int64_t source)
+      : args_(args),
+        exchange_(exchange),
+        planned_(args),
+        source_(source),
+        next_row_(exchange.first_row.row(source),
+                  exchange.first_row.row(source) + args.num_experts),
+        next_entry_(static_cast<std::size_t>(args.num_ranks)) {
+    for (std::int64_t d = planned_.first; d < planned_.first + planned_.count; ++d) {
+      next_entry_[static_cast<std::size_t>(d)] =
+          (d - planned_.first) * args.capacity + exchange.first_entry.row(d)[source];
     }
   }
-  if (sender) args.num_dropped[plan_of(source)] = dropped;
-}
+
+  void Run() {
+    planned_.Has(source_) ? RunSender() : RunReceivers();
+  }
+
+ private:
+  // Every choice of a planned source is numbered.
+  void RunSender() {
+    const std::int64_t plan = source_ - planned_.first;
+    const std::int32_t* choices = ChoicesOf(args_, source_);
+    std::int32_t* send_row = args_.send_row + plan * args_.choices_per_rank();
+    bool* kept = args_.kept + plan * args_.choices_per_rank();
+    std::int32_t dropped = 0;
+    for (std::int64_t i = 0; i < args_.choices_per_rank(); ++i) {
+      send_row[i] = choices[i] == kDropped ? kDropped : Place(choices[i], i);
+      kept[i] = send_row[i] != kDropped;
+      dropped += choices[i] != kDropped && !kept[i] ? 1 : 0;
+    }
+    args_.num_dropped[plan] = dropped;
+  }
+
+  // Of another source only the choices of planned ranks' experts matter.
+  void RunReceivers() {
+    const std::int64_t num_local = args_.num_local_experts();
+    const auto first = static_cast<std::uint64_t>(planned_.first * num_local);
+    const auto count = static_cast<std::uint64_t>(planned_.count * num_local);
+    const std::int32_t* choices = ChoicesOf(args_, source_);
+    for (std::int64_t i = 0; i < args_.choices_per_rank(); ++i) {
+      // Unsigned: kDropped and what lies before the first are far beyond the count.
+      if (static_cast<std::uint64_t>(choices[i]) - first < count) Place(choices[i], i);
+    }
+  }
+
+  // Returns the row of the source's i-th choice, or kDropped.
+  std::int32_t Place(std::int32_t expert, std::int64_t i) {
+    const std::int32_t dest = exchange_.rank_of[static_cast<std::size_t>(expert)];
+    if (exchange_.overflows &&
+        !IsKept(args_, exchange_, dest, i % args_.num_topk, i / args_.num_topk,
+                source_)) {
+      return kDropped;
+    }
+    const std::int32_t row = next_row_[static_cast<std::size_t>(expert)]++;
+    if (planned_.Has(dest)) {
+      const std::int64_t entry = next_entry_[static_cast<std::size_t>(dest)]++;
+      args_.recv_choice[entry] =
+          static_cast<std::int32_t>(source_ * args_.choices_per_rank() + i);
+      args_.recv_row[entry] = row;
+    }
+    return row;
+  }
+
+  const PlanArgs& args_;
+  const Exchange& exchange_;
+  Planned planned_;
+  std::int64_t source_;
+  std::vector<std::int32_t> next_row_;    // [expert]
+  std::vector<std::int64_t> next_entry_;  // [planned rank], in all plans' recv lists
+};
 
 // A number that two calls with different choices or geometry hardly ever share.
 std::uint32_t Fingerprint(const PlanArgs& args) {
@@ -296,7 +338,7 @@ void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for) {
   parallel_for(args.num_ranks,
                [&](std::int64_t dest) { LayOut(args, dest, exchange); });
   parallel_for(args.num_ranks,
-               [&](std::int64_t source) { Place(args, exchange, source); });
+               [&](std::int64_t source) { Placement(args, exchange, source).Run(); });
   const std::uint32_t print = Fingerprint(args);
   parallel_for(args.num_plans, [&](std::int64_t plan) {
     Summarize(args, exchange, print, plan);

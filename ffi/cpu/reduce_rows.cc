@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "common/plan.h"
@@ -41,11 +42,17 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t begin = chunk * TokensPerChunk(args);
   const std::int64_t end = std::min(begin + TokensPerChunk(args), args.num_tokens);
+  // The next token's terms are listed before this one's are added, to fetch ahead.
   std::vector<ReduceTerm> terms(static_cast<std::size_t>(args.num_topk));
+  std::vector<ReduceTerm> next(static_cast<std::size_t>(args.num_topk));
+  std::int64_t next_count = ListTerms(args, begin, next.data());
   for (std::int64_t t = begin; t < end; ++t) {
-    const std::int64_t count = ListTerms(args, t, terms.data());
+    std::swap(terms, next);
+    const std::int64_t count = next_count;
+    next_count = t + 1 < end ? ListTerms(args, t + 1, next.data()) : 0;
     void* out = static_cast<char*>(args.out) + t * row_bytes;
-    math.reduce(args.dtype, terms.data(), count, out, args.hidden);
+    math.reduce(args.dtype, terms.data(), count, out, args.hidden,
+                next_count > 0 ? next[0].row : nullptr);
   }
 }
 

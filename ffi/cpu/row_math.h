@@ -25,13 +25,19 @@ struct RowMath {
                bool stream);
   void (*fence)();
 
+  // Starts to bring `bytes` from src into the cache: rows lie anywhere, so the CPU does
+  // not foresee which comes next.
+  void (*prefetch)(const void* src, std::int64_t bytes);
+
   // dst = weight * src, rounded once.
   void (*scale)(DType dtype, const void* src, float weight, void* dst,
                 std::int64_t hidden);
 
-  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h.
+  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h. While
+  // each term is added, the row of the next is fetched: after the last, `row_after`, if
+  // any.
   void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms, void* out,
-                 std::int64_t hidden);
+                 std::int64_t hidden, const void* row_after);
 
   // Sum of a * b: 64 lanes that each take every 64th product by fma, then halves added.
   float (*dot)(DType dtype, const void* a, const void* b, std::int64_t hidden);

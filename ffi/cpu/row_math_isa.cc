@@ -17,6 +17,8 @@ namespace {
 // stay in the first-level cache, and a row is still read in long runs.
 constexpr std::int64_t kBlock = 1024;
 constexpr std::int64_t kDotLanes = 64;
+constexpr std::int64_t kLineBytes = 64;
+constexpr int kIntoSecondLevel = 2;  // as __builtin_prefetch counts locality
 
 float Fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 double Fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -90,44 +92,85 @@ void Scale(const void* src, float weight, void* dst, std::int64_t hidden) {
   for (std::int64_t i = 0; i < hidden; ++i) to[i] = E::Round(w * E::Load(from[i]));
 }
 
-template <typename E>
-void Accumulate(const ReduceTerm& term, std::int64_t begin, std::int64_t size,
-                typename E::Sum* partial) {
-  const auto* row = static_cast<const typename E::Storage*>(term.row) + begin;
-  const auto w = static_cast<typename E::Sum>(term.weight);
-  for (std::int64_t i = 0; i < size; ++i) {
-    partial[i] = Fma(w, E::Load(row[i]), partial[i]);
-  }
+void PrefetchLine(const char* p) { __builtin_prefetch(p, 0, kIntoSecondLevel); }
+
+void Prefetch(const void* src, std::int64_t bytes) {
+  const char* p = static_cast<const char*>(src);
+  for (std::int64_t i = 0; i < bytes; i += kLineBytes) PrefetchLine(p + i);
 }
 
-// The last term of a rank: its partial sum is rounded, as it would be to cross a wire,
-// added to the total, and started anew.
+// One block of a token's terms.
 template <typename E>
-void AccumulateLast(const ReduceTerm& term, std::int64_t begin, std::int64_t size,
-                    typename E::Sum* partial, typename E::Sum* total) {
-  const auto* row = static_cast<const typename E::Storage*>(term.row) + begin;
-  const auto w = static_cast<typename E::Sum>(term.weight);
-  for (std::int64_t i = 0; i < size; ++i) {
-    total[i] += E::Load(E::Round(Fma(w, E::Load(row[i]), partial[i])));
-    partial[i] = 0;
+struct Block {
+  std::int64_t begin;  // first element
+  std::int64_t size;
+  typename E::Sum* partial;  // [size], of the rank at hand
+  typename E::Sum* total;    // [size], of the ranks before
+};
+
+// Adds one term to its rank's partial sum. The first term of a rank starts that anew;
+// the last one has it rounded, as it would be to cross a wire, and added to the total.
+// Goes by cache lines of the row, each with a line of `ahead` to fetch.
+template <typename E, bool first, bool last>
+void Accumulate(const ReduceTerm& term, const Block<E>& block, const char* ahead) {
+  using Sum = typename E::Sum;
+  using Storage = typename E::Storage;
+  constexpr std::int64_t kLine = kLineBytes / sizeof(Storage);
+  const auto* __restrict row = static_cast<const Storage*>(term.row) + block.begin;
+  Sum* __restrict partial = block.partial;
+  Sum* __restrict total = block.total;
+  const auto w = static_cast<Sum>(term.weight);
+  const auto add = [&](std::int64_t i) {
+    const Sum sum = Fma(w, E::Load(row[i]), first ? Sum{0} : partial[i]);
+    if (last) {
+      total[i] += E::RoundSum(sum);
+    } else {
+      partial[i] = sum;
+    }
+  };
+  std::int64_t i = 0;
+  for (; i + kLine <= block.size; i += kLine) {
+    PrefetchLine(ahead + i * static_cast<std::int64_t>(sizeof(Storage)));
+    for (std::int64_t j = 0; j < kLine; ++j) add(i + j);
   }
+  for (; i < block.size; ++i) add(i);
 }
 
 template <typename E>
 void Reduce(const ReduceTerm* terms, std::int64_t num_terms, void* out,
-            std::int64_t hidden) {
-  alignas(64) typename E::Sum partial[kBlock];
-  alignas(64) typename E::Sum total[kBlock];
-  auto* to = static_cast<typename E::Storage*>(out);
+            std::int64_t hidden, const void* row_after) {
+  using Sum = typename E::Sum;
+  using Storage = typename E::Storage;
+  alignas(64) Sum partial[kBlock];
+  alignas(64) Sum total[kBlock];
+  auto* to = static_cast<Storage*>(out);
   for (std::int64_t begin = 0; begin < hidden; begin += kBlock) {
     const std::int64_t size = hidden - begin < kBlock ? hidden - begin : kBlock;
-    for (std::int64_t i = 0; i < size; ++i) partial[i] = total[i] = 0;
+    const Block<E> block = {begin, size, partial, total};
+    for (std::int64_t i = 0; i < size; ++i) total[i] = 0;
     for (std::int64_t j = 0; j < num_terms; ++j) {
-      if (j + 1 < num_terms && terms[j + 1].rank == terms[j].rank) {
-        Accumulate<E>(terms[j], begin, size, partial);
-      } else {
-        AccumulateLast<E>(terms[j], begin, size, partial, total);
+      const bool first = j == 0 || terms[j - 1].rank != terms[j].rank;
+      const bool last_term = j + 1 == num_terms;
+      const bool last = last_term || terms[j + 1].rank != terms[j].rank;
+      const bool last_block = begin + size == hidden;
+      // Fetching what is at hand already costs next to nothing.
+      const void* row = terms[j].row;
+      std::int64_t offset = begin;
+      if (!last_term) {
+        row = terms[j + 1].row;
+      } else if (!last_block) {
+        row = terms[0].row;
+        offset = begin + size;
+      } else if (row_after != nullptr) {
+        row = row_after;
+        offset = 0;
       }
+      const auto* ahead = reinterpret_cast<const char*>(
+          static_cast<const Storage*>(row) + offset);
+      const auto accumulate =
+          first ? (last ? Accumulate<E, true, true> : Accumulate<E, true, false>)
+                : (last ? Accumulate<E, false, true> : Accumulate<E, false, false>);
+      accumulate(terms[j], block, ahead);
     }
     for (std::int64_t i = 0; i < size; ++i) to[begin + i] = E::Round(total[i]);
   }
@@ -175,8 +218,10 @@ void ScaleAny(DType dtype, const void* src, float weight, void* dst,
 }
 
 void ReduceAny(DType dtype, const ReduceTerm* terms, std::int64_t num_terms, void* out,
-               std::int64_t hidden) {
-  Visited(dtype, [&](auto e) { Reduce<decltype(e)>(terms, num_terms, out, hidden); });
+               std::int64_t hidden, const void* row_after) {
+  Visited(dtype, [&](auto e) {
+    Reduce<decltype(e)>(terms, num_terms, out, hidden, row_after);
+  });
 }
 
 float DotAny(DType dtype, const void* a, const void* b, std::int64_t hidden) {
@@ -190,6 +235,7 @@ const RowMath EP_ROW_MATH = {
     .instruction_set = EP_INSTRUCTION_SET,
     .copy = Copy,
     .fence = Fence,
+    .prefetch = Prefetch,
     .scale = ScaleAny,
     .reduce = ReduceAny,
     .dot = DotAny,
