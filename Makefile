@@ -1,0 +1,74 @@
+# `make help` lists what there is. Nothing needs an active environment: all goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PACKAGE := $(VENV)/.package
+TOOLS := $(VENV)/.tools
+NATIVE_SOURCES := $(shell find ffi -type f)
+LIBRARY := jax_ep/libjax_ep_cpu.so
+CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
+  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format native-test bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: $(PACKAGE) ## train a small MoE language model on 8 CPU devices
+	$(RUN) examples/train_moe_lm.py
+
+test: $(PACKAGE) ## run the tests
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(PACKAGE) $(TOOLS) build/lint/compile_commands.json ## check style, types, layers and native code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(RUN)
+	$(BIN)/lint-imports --no-cache
+	find ffi tests/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy
+
+format: $(TOOLS) ## rewrite sources in the project's style
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	find ffi tests/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+native-test: build/native-plain build/native-address build/native-thread ## run the C++ tests, plain and under sanitizers
+
+bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul
+	set -e; for script in benchmarks/bench_*.py; do $(RUN) $$script; done
+
+clean: ## remove what make made
+	rm -rf $(VENV) build .coverage .coverage.* $(LIBRARY)
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+# An editable install puts the library next to the Python files, for every $(VENV) at once.
+$(PACKAGE): pyproject.toml $(NATIVE_SOURCES) $(if $(wildcard $(LIBRARY)),,FORCE) | $(RUN)
+	$(RUN) -m pip install --quiet --editable '.[flax,test,examples]'
+	touch $@
+
+$(TOOLS): pyproject.toml | $(RUN)
+	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')) \
+	  ['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/tools.txt
+	$(RUN) -m pip install --quiet --requirement $(VENV)/tools.txt
+	touch $@
+
+build/lint/compile_commands.json: ffi/CMakeLists.txt $(PACKAGE) $(TOOLS)
+	$(CONFIGURE) -B build/lint -DJAX_EP_NATIVE_TESTS=ON
+
+build/native-address: SANITIZE := address,undefined
+build/native-thread: SANITIZE := thread
+
+build/native-%: FORCE $(PACKAGE) $(TOOLS)
+	$(CONFIGURE) -B $@ -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
+	$(BIN)/cmake --build $@
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 300
+
+FORCE:
