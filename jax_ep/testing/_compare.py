@@ -115,5 +115,5 @@ def _describe(what: str, actual: np.ndarray, expected: np.ndarray, differs: np.n
     return "\n".join([head, *places])
 
 
-def _hex(element: np.generic) -> str:
+def _hex(element: ArrayLike) -> str:
     return np.asarray(element).tobytes()[::-1].hex()  # most significant byte first

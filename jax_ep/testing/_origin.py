@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import ArrayLike
 
 _CODE_BITS = 31
 
 
 def encode_origin(
-    rank: ArrayLike, token: ArrayLike, *, num_tokens: int, hidden: int, dtype: np.typing.DTypeLike
+    rank: ArrayLike, token: ArrayLike, *, num_tokens: int, hidden: int, dtype: DTypeLike
 ) -> np.ndarray:
     """Writes its own origin into each token's payload.
 
@@ -83,7 +84,7 @@ def decode_origin(rows: ArrayLike, *, num_tokens: int) -> tuple[np.ndarray, np.n
     return rank, token
 
 
-def _digits(dtype: np.typing.DTypeLike, hidden: int) -> tuple[int, int]:
+def _digits(dtype: DTypeLike, hidden: int) -> tuple[int, int]:
     """Returns the bits of one digit, and how many digits a row repeats."""
     if jnp.issubdtype(dtype, jnp.integer):
         bits = int(jnp.iinfo(dtype).bits) - 1
