@@ -132,7 +132,11 @@ def test_one_plan_for_every_step_of_a_scan(ranks_row: Row) -> None:
 
 
 def batch_of_problems(seeds: range) -> tuple[tuple[np.ndarray, ...], object]:
-    """Stacks whole problems and their answers behind the axis of ranks: [R, B, ...]."""
+    """Stacks whole problems and their answers behind the axis of ranks: [R, B, ...].
+
+    With as many problems as ranks, a plain axis taken for that of the ranks would go unnoticed but
+    for the values.
+    """
     problems = [Problem.of(seed) for seed in seeds]
     stack = lambda *arrays: np.stack(arrays, axis=1)  # noqa: E731
     arrays = [(*p.args, p.dout) for p in problems]
@@ -142,13 +146,13 @@ def batch_of_problems(seeds: range) -> tuple[tuple[np.ndarray, ...], object]:
 @pytest.mark.parametrize("differentiate", [outside, inside])
 def test_vmap_of_a_plain_axis_inside(ranks_row: Row, differentiate) -> None:
     """Every rank handles a batch of independent exchanges, plans and all."""
-    arrays, want = batch_of_problems(range(10, 13))
+    arrays, want = batch_of_problems(range(10, 10 + R))
     f = jax.vmap(functools.partial(layer, ranks_row.make_plan))
     close(differentiate(f, ranks_row)(*arrays), want)
 
 
 def test_vmap_of_a_plain_axis_outside(ranks_row: Row) -> None:
-    arrays, want = batch_of_problems(range(13, 16))
+    arrays, want = batch_of_problems(range(13, 13 + R))
     f = outside(functools.partial(layer, ranks_row.make_plan), ranks_row)
     close(jax.jit(jax.vmap(f, in_axes=1, out_axes=1))(*arrays), want)
 
@@ -165,7 +169,7 @@ def test_vmap_of_the_tokens_over_one_plan(ranks_row: Row) -> None:
     """The same routing for several tensors: only some operands carry the plain axis."""
     problem = Problem.of(16)
     kept = SHAPE.plan(problem.topk_idx).kept
-    xs = np.stack([problem.x, -2 * problem.x, problem.x**2], axis=1)
+    xs = np.stack([problem.x, -2 * problem.x, problem.x**2, 1 - problem.x], axis=1)
 
     def f(xs, topk_idx, weights, scale):
         plan = make_plan(ranks_row, topk_idx)
@@ -176,7 +180,7 @@ def test_vmap_of_the_tokens_over_one_plan(ranks_row: Row) -> None:
         one = lambda x: dense(x, problem.topk_idx, weights, scale, kept)  # noqa: E731
         return jax.vmap(one, in_axes=1, out_axes=1)(xs)
 
-    dout = np.stack([problem.dout, problem.dout + 1, problem.dout * 2], axis=1)
+    dout = np.stack([problem.dout + i for i in range(4)], axis=1).astype(np.float32)
     got = outside(f, ranks_row)(xs, *problem.args[1:], dout)
     close(got, reference(dense_batch, (xs, problem.weights, problem.scale), dout))
 
@@ -184,7 +188,7 @@ def test_vmap_of_the_tokens_over_one_plan(ranks_row: Row) -> None:
 def test_vmap_of_the_weights_over_one_plan(ranks_row: Row) -> None:
     problem = Problem.of(17)
     kept = SHAPE.plan(problem.topk_idx).kept
-    weights = np.stack([problem.weights, 3 * problem.weights], axis=1)
+    weights = np.stack([problem.weights * i for i in range(4)], axis=1).astype(np.float32)
 
     def f(x, topk_idx, weights, scale):
         plan = make_plan(ranks_row, topk_idx)
@@ -195,7 +199,7 @@ def test_vmap_of_the_weights_over_one_plan(ranks_row: Row) -> None:
         one = lambda w: dense(x, problem.topk_idx, w, scale, kept)  # noqa: E731
         return jax.vmap(one, in_axes=1, out_axes=1)(weights)
 
-    dout = np.stack([problem.dout, problem.dout + 1], axis=1)
+    dout = np.stack([problem.dout + i for i in range(4)], axis=1).astype(np.float32)
     got = outside(f, ranks_row)(problem.x, problem.topk_idx, weights, problem.scale, dout)
     close(got, reference(dense_batch, (problem.x, weights, problem.scale), dout))
 
