@@ -1,6 +1,7 @@
 """Static checks of arguments: each error names argument, requirement and what was given."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 
 
-def check_array(name: str, value: object, dims: str) -> None:
+def check_array(name: str, value: Any, dims: str) -> None:
     """Checks that ``value`` is an array with as many axes as ``dims`` names.
 
     Raises:

@@ -1,6 +1,7 @@
 """Everything that differs between JAX versions or is not in JAX's public API."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -38,10 +39,8 @@ def ffi_minor_version() -> int:
     return 4 if installed >= (0, 11, 1) else 3
 
 
-def result_type(
-    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array
-) -> jax.ShapeDtypeStruct:
-    """Returns the type of a foreign call's result that varies along the same mesh axes as ``like``."""
+def result_type(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> Any:
+    """Returns the type of a foreign call's result that varies along the same axes as ``like``."""
     # A plain ShapeDtypeStruct would be typed as replicated inside shard_map.
     whole = jax.sharding.PartitionSpec(*(None,) * len(shape))
     sharding = jax.sharding.NamedSharding(jax.typeof(like).sharding.mesh, whole)

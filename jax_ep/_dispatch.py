@@ -13,8 +13,8 @@ from jax_ep._plan import Plan
 def dispatch(x: Num[Array, "num_tokens hidden"], plan: Plan) -> Num[Array, "capacity hidden"]:
     """Sends each token to the ranks of its experts, grouped there by local expert.
 
-    Row ``i`` of the result is a bit copy of the token of the choice that the plan put there; rows are
-    ordered by (local expert, source rank, token, k). Communicates along the plan's axis.
+    Row ``i`` of the result is a bit copy of the token of the choice that the plan put there; rows
+    are ordered by (local expert, source rank, token, k). Communicates along the plan's axis.
 
     Its gradient is ``combine`` with unit weights; 1-byte floats are summed in float32 and rounded
     once.

@@ -1,8 +1,8 @@
 """Runs one rank's part of an exchange on the chosen implementation, wherever its ranks live.
 
 The ranks of a ``vmap`` axis are on one device and must be seen together, those of a ``shard_map``
-one each. ``exchange`` hides the difference: it is a ``custom_vmap`` whose rule recognises the expert
-axis by the rank operand, the only one that must be batched there and never is elsewhere.
+one each. ``exchange`` hides the difference: it is a ``custom_vmap`` whose rule recognises the
+expert axis by the rank operand, the only one that must be batched there and never is elsewhere.
 """
 
 from types import ModuleType

@@ -30,24 +30,27 @@ def make_plan(
     Called by all ranks of the axis with their own ``topk_idx``; gathers those (an all-gather of
     ``num_tokens * num_topk`` indices per rank) and computes the rest locally.
 
-    Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``. Kept
-    choices are laid out on the rank of their expert in the order (local expert, source rank, token,
-    k). If more arrive at a rank than ``capacity - L * (alignment - 1)``, it keeps the first in the
-    order (k, token, source rank): every token's first choice before anyone's second.
+    Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``.
+    Kept choices are laid out on the rank of their expert in the order (local expert, source rank,
+    token, k). If more arrive at a rank than ``capacity - L * (alignment - 1)``, it keeps the first
+    in the order (k, token, source rank): every token's first choice before anyone's second.
 
     Args:
       topk_idx: the global expert of each choice, or ``DROPPED`` (-1) for none. An index outside
-        ``[-1, num_experts)`` is not routed either and is counted in ``num_invalid``. A token may name
-        one expert twice. The same shape on every rank; values are traced, so nothing else checks them.
+        ``[-1, num_experts)`` is not routed either and is counted in ``num_invalid``. A token may
+        name one expert twice. The same shape on every rank; values are traced, so nothing else
+        checks them.
       num_experts: experts on all ranks together, a multiple of the number of ranks.
       axis_name: the axis the ranks lie along: a mesh axis or a tuple of them, major first, inside
         ``jax.shard_map``; or the ``axis_name`` of an enclosing ``jax.vmap``; or None for one rank.
-      capacity: rows of this rank's receive buffer, equal on all ranks. None is enough for whatever the
-        ranks send as long as each token's choices are distinct; see ``suggest_capacity`` for less.
-      alignment: each expert's group starts at a multiple of this many rows and is filled up with rows
-        of zeros.
-      tail: what rows past the last group hold in ``dispatch``'s result and in ``combine``'s gradient.
-        ``"zero"`` writes them all; ``"uninitialized"`` leaves them as they are, so that cost follows
+      capacity: rows of this rank's receive buffer, equal on all ranks. None is enough for whatever
+        the ranks send as long as each token's choices are distinct; see ``suggest_capacity`` for
+        less.
+      alignment: each expert's group starts at a multiple of this many rows and is filled up with
+        rows of zeros.
+      tail: what rows past the last group hold in ``dispatch``'s result and in ``combine``'s
+        gradient. ``"zero"`` writes them all; ``"uninitialized"`` leaves them as they are, so that
+        cost follows
         used rows: for experts that never read there, as ``grouped_matmul`` does not.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
 
@@ -56,9 +59,10 @@ def make_plan(
 
     Raises:
       TypeError: ``topk_idx`` is not an int32 array, or a count is not an int.
-      ValueError: ``topk_idx`` is not 2-D; ``num_experts`` is not a positive multiple of the number of
-        ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound, or
-        names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or rows.
+      ValueError: ``topk_idx`` is not 2-D; ``num_experts`` is not a positive multiple of the number
+        of ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound,
+        or names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or
+        rows.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
@@ -105,8 +109,8 @@ def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
         sizes = [jax.lax.axis_size(name) for name in names]
     except NameError as error:
         raise ValueError(
-            "axis_name must name a mesh axis inside jax.shard_map, or the axis_name of an enclosing "
-            f"jax.vmap; got {axis_name!r}."
+            "axis_name must name a mesh axis inside jax.shard_map, or the axis_name of an "
+            f"enclosing jax.vmap; got {axis_name!r}."
         ) from error
     manual = [name in manual_axes() for name in names]
     if all(manual):
@@ -123,7 +127,7 @@ def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
 
 
 def _resolve_capacity(
-    shape: tuple[int, int], num_experts: int, num_ranks: int, capacity: int | None, alignment: int
+    shape: tuple[int, ...], num_experts: int, num_ranks: int, capacity: int | None, alignment: int
 ) -> int:
     if num_experts % num_ranks:
         raise ValueError(

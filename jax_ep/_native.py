@@ -22,7 +22,7 @@ _register_lock = threading.Lock()
 
 
 def serves() -> bool:
-    """Tells whether native code serves here; warns once if its library should be there and is not."""
+    """Tells whether native code serves here; warns once if its library does not load."""
     if (reason := _library_problem()) is not None:
         _warn_once(reason)
         return False
@@ -34,7 +34,7 @@ def unavailable_reason() -> str | None:
     if (reason := _library_problem()) is not None:
         return reason
     if (platform := jax.default_backend()) != "cpu":
-        return f"there is no native code for platform {platform!r} yet; the default backend must be cpu"
+        return f"there is native code for cpu alone, and the default backend is {platform!r}"
     if (count := jax.process_count()) > 1:
         return f"native code serves the devices of one process, and this job has {count} processes"
     return None
@@ -105,20 +105,21 @@ def plan(
     """Computes the plans of the given ranks from the choices of all ranks."""
     choices, capacity = (layout.num_tokens, layout.num_topk), (layout.capacity,)
     per_rank, local = (layout.num_ranks,), (layout.num_local_experts,)
-    results = PlanArrays(
-        group_sizes=(local, jnp.int32),
-        kept=(choices, jnp.bool_),
-        expert_load=((layout.num_experts,), jnp.int32),
-        recv_counts=(per_rank, jnp.int32),
-        num_dropped=((), jnp.int32),
-        send_row=(choices, jnp.int32),
-        recv_choice=(capacity, jnp.int32),
-        recv_row=(capacity, jnp.int32),
-        group_rows=(local, jnp.int32),
-        fingerprint=((), jnp.uint32),
-    )
-    types = [result_type((*rank.shape, *shape), dtype, topk_idx) for shape, dtype in results]
-    return PlanArrays(*_call("plan", types, layout, rank, topk_idx, alignment=layout.alignment))
+    shapes = {
+        "group_sizes": (local, jnp.int32),
+        "kept": (choices, jnp.bool_),
+        "expert_load": ((layout.num_experts,), jnp.int32),
+        "recv_counts": (per_rank, jnp.int32),
+        "num_dropped": ((), jnp.int32),
+        "send_row": (choices, jnp.int32),
+        "recv_choice": (capacity, jnp.int32),
+        "recv_row": (capacity, jnp.int32),
+        "group_rows": (local, jnp.int32),
+        "fingerprint": ((), jnp.uint32),
+    }
+    types = [result_type(rank.shape + shape, dtype, topk_idx) for shape, dtype in shapes.values()]
+    arrays = _call("plan", types, layout, rank, topk_idx, alignment=layout.alignment)
+    return PlanArrays(**dict(zip(shapes, arrays, strict=True)))
 
 
 def gather_rows(
@@ -128,7 +129,7 @@ def gather_rows(
     x: Num[Array, "*stack num_tokens hidden"],
     weights: Float32[Array, "*stack num_tokens num_topk"] | None,
 ) -> Num[Array, "*stack capacity hidden"]:
-    """Pulls each rank's rows from the tokens of their source ranks, scaled by ``weights`` if given."""
+    """Pulls each rank's rows from the tokens of their source ranks, scaled if given weights."""
     return _call(
         "gather_rows",
         result_type((*rank.shape, layout.capacity, x.shape[-1]), x.dtype, x),

@@ -36,9 +36,9 @@ class PlanArrays(NamedTuple):
 class Plan:
     """Where every choice of one exchange goes, as seen from one rank.
 
-    A pytree of arrays with static metadata. ``make_plan`` makes it; ``dispatch`` and ``combine`` read
-    it. Nothing in it is differentiable. Fields whose names start with an underscore are for the
-    library alone.
+    A pytree of arrays with static metadata. ``make_plan`` makes it; ``dispatch`` and ``combine``
+    read it. Nothing in it is differentiable. Fields whose names start with an underscore are for
+    the library alone.
 
     Attributes:
       group_sizes: rows of each local expert, padding included; their sum is at most ``capacity``.
