@@ -11,8 +11,8 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 import jax_ep
 
 Contender = Callable[[], Any]
+Key = TypeVar("Key", bound=Hashable)
 
 # A contender slower than this sits out rounds in proportion, so that it does not eat the budget of
 # the fast ones; it still runs in at least a few.
@@ -59,8 +60,8 @@ class Times:
 
 
 def compare(
-    contenders: Mapping[str, Contender], *, repeats: int = 50, warmup: int = 3
-) -> dict[str, Times]:
+    contenders: Mapping[Key, Contender], *, repeats: int = 50, warmup: int = 3
+) -> dict[Key, Times]:
     """Times all contenders in one interleaved run, so that noise of the machine hits all alike.
 
     Every round runs each contender once, in a new random order: what one leaves behind in caches
@@ -76,7 +77,7 @@ def compare(
       The times of each contender.
     """
     every = {name: _rounds_between(call, warmup, repeats) for name, call in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
     for round_number in range(repeats):
         names = [name for name in contenders if round_number % every[name] == 0]

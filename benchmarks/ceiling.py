@@ -1,0 +1,64 @@
+"""The floor under any exchange on CPU: two plain copies of its rows into memory already mapped."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import timing
+from absl import app
+from shapes import EXCHANGE_SHAPES, Shape
+
+_COPIES = 2
+
+
+def make_floor(shape: Shape, *, num_threads: int = 2) -> Callable[[], None]:
+    """Returns a call that copies the rows of all choices twice: out, as dispatch, and back.
+
+    The sources are as large as the results, so nothing is gained from copying a token's row to
+    several places. Every page has been written before the first call.
+
+    Args:
+      shape: how many rows of how many bytes.
+      num_threads: how many share each copy; NumPy copies without holding the interpreter.
+    """
+    buffers = [np.full((shape.num_choices, shape.row_bytes), i, np.uint8) for i in range(3)]
+    bounds = np.linspace(0, shape.num_choices, num_threads + 1).astype(int)
+    parts = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+
+    def copy(part: slice) -> None:
+        tokens, rows, back = (buffer[part] for buffer in buffers)
+        np.copyto(rows, tokens)
+        np.copyto(back, rows)
+
+    def run() -> None:
+        # Two parts go to two threads: a list waits for both.
+        list(pool.map(copy, parts))
+
+    return run
+
+
+def moved_bytes(num_rows: int, shape: Shape) -> int:
+    """Counts the bytes that arrive somewhere when ``num_rows`` rows go out and back."""
+    return _COPIES * num_rows * shape.row_bytes
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    timing.print_json(timing.environment())
+    floors = {name: make_floor(shape) for name, shape in EXCHANGE_SHAPES.items()}
+    rows = []
+    for name, times in timing.compare(floors).items():
+        shape = EXCHANGE_SHAPES[name]
+        rate = moved_bytes(shape.num_choices, shape) / times.median / 1e9
+        rows.append((name, shape.num_choices, shape.row_bytes, str(times), f"{rate:.1f}"))
+        timing.print_json({**shape.as_json(), **times.as_json(), "gb_per_s": round(rate, 2)})
+    header = ("shape", "rows", "row bytes", "ms (p10-p90)", "GB/s")
+    timing.print_table("two copies by two threads", header, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
