@@ -1,9 +1,13 @@
 """Expert-parallel dispatch and combine for JAX, inside the XLA program."""
 
+from jax_ep import routing as routing
 from jax_ep._combine import combine as combine
 from jax_ep._dispatch import dispatch as dispatch
+from jax_ep._grouped_matmul import grouped_matmul as grouped_matmul
 from jax_ep._layout import suggest_capacity as suggest_capacity
 from jax_ep._make_plan import make_plan as make_plan
+from jax_ep._metrics import load_metrics as load_metrics
+from jax_ep._moe import moe as moe
 from jax_ep._native import set_wait_timeout as set_wait_timeout
 from jax_ep._plan import Plan as Plan
 from jax_ep._types import DROPPED as DROPPED

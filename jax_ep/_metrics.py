@@ -1,0 +1,84 @@
+"""``load_metrics``: a plan in a few numbers for a training log."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Num
+
+from jax_ep._checks import check_positive
+from jax_ep._plan import Plan
+from jax_ep._types import DROPPED
+
+
+def load_metrics(
+    plan: Plan, *, hidden: int, dtype: jax.typing.DTypeLike
+) -> dict[str, Num[Array, ""]]:
+    """Sums up how even a plan is, what it dropped and what its exchange moves.
+
+    Local arithmetic: no communication. The first two describe all ranks of the plan's axis and are
+    equal on them; the others describe this rank, so average or add them up as the log needs.
+
+    Args:
+      plan: made by ``make_plan``.
+      hidden: width of the rows that the plan moves.
+      dtype: their dtype.
+
+    Returns:
+      Scalars by name, float32 except for ``recv_rows``:
+
+      * ``expert_load_max_over_mean``: choices asked of the busiest expert over the mean, before
+        dropping; 0 when nothing was routed.
+      * ``rank_load_max_over_mean``: likewise for the experts of each rank together.
+      * ``dropped_fraction``: share of this rank's valid choices that got no row; 0 without any.
+      * ``recv_rows``: int32, rows this rank receives, without padding.
+      * ``logical_bytes``: what one ``dispatch`` sends from this rank if every kept choice counts.
+      * ``wire_bytes``: what leaves this rank for another one, each token once per such rank.
+        ``combine`` brings as many bytes back.
+
+    Raises:
+      TypeError: ``plan`` is not a ``Plan``, or ``hidden`` is not an int.
+      ValueError: ``hidden`` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_ep
+      >>> plan = jax_ep.make_plan(jnp.array([[0, 1], [0, 2]]), num_experts=4, capacity=3)
+      >>> metrics = jax_ep.load_metrics(plan, hidden=8, dtype=jnp.bfloat16)
+      >>> {name: float(value) for name, value in metrics.items()}
+      {'expert_load_max_over_mean': 2.0, 'rank_load_max_over_mean': 1.0,
+       'dropped_fraction': 0.25, 'recv_rows': 3.0, 'logical_bytes': 48.0, 'wire_bytes': 0.0}
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+    check_positive("hidden", hidden)
+    # Bytes in float32: they pass the largest int32 soon.
+    row_bytes = float(hidden * jnp.dtype(dtype).itemsize)
+    num_valid = jnp.sum(plan._topk_idx != DROPPED, dtype=jnp.float32)
+    return {
+        "expert_load_max_over_mean": max_over_mean(plan.expert_load),
+        "rank_load_max_over_mean": max_over_mean(rank_load(plan.expert_load, plan.num_ranks)),
+        "dropped_fraction": plan.num_dropped.astype(jnp.float32) / jnp.maximum(num_valid, 1),
+        "recv_rows": jnp.sum(plan.recv_counts, dtype=jnp.int32),
+        "logical_bytes": row_bytes * jnp.sum(plan.kept, dtype=jnp.float32),
+        "wire_bytes": row_bytes * _count_wire_rows(plan).astype(jnp.float32),
+    }
+
+
+def max_over_mean(load: Num[Array, "owners"]) -> Num[Array, ""]:
+    """Returns the largest load over the mean one in float32, or 0 without any load."""
+    load = load.astype(jnp.float32)
+    total = jnp.sum(load)
+    return jnp.where(total > 0, jnp.max(load) * load.size / jnp.maximum(total, 1), 0.0)
+
+
+def rank_load(expert_load: Num[Array, "num_experts"], num_ranks: int) -> Num[Array, "num_ranks"]:
+    """Returns the load of each rank's experts together."""
+    return jnp.sum(expert_load.reshape(num_ranks, -1), axis=1)
+
+
+def _count_wire_rows(plan: Plan) -> jax.Array:
+    """Counts the pairs of a token of this rank and another rank that it has a kept choice on."""
+    owner = plan._topk_idx // plan.num_local_experts
+    leaves = plan.kept & (owner != plan._rank)
+    # Side by side in order, a rank that a token goes to twice repeats its left neighbour.
+    ranks = jnp.sort(jnp.where(leaves, owner, DROPPED), axis=1)
+    repeats = jnp.pad(ranks[:, 1:] == ranks[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sum((ranks != DROPPED) & ~repeats, dtype=jnp.int32)

@@ -1,0 +1,144 @@
+"""The MoE layer as a function of global arrays, and as what each shard of them does."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Num
+
+from jax_ep import routing
+from jax_ep._layout import suggest_capacity
+from jax_ep._metrics import load_metrics, max_over_mean, rank_load
+from jax_ep._moe import moe
+from jax_ep._plan import Plan
+from jax_ep._types import DROPPED
+from jax_ep.flax._config import Config, Weights, mesh_axes
+
+Aux = dict[str, Num[Array, "..."]]
+
+
+def apply(
+    config: Config, weights: Weights, x: Float[Array, "*batch hidden"]
+) -> tuple[Float[Array, "*batch hidden"], Aux]:
+    """Applies the layer over the mesh in context; returns the output and the auxiliary scalars.
+
+    Raises:
+      ValueError: the mesh does not suit the layer, as ``mesh_axes`` says.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return _apply(config, mesh_axes(config, mesh), weights, x)
+
+
+# Compiled even where the caller is not: run operation by operation, a shard_map is very slow.
+@partial(jax.jit, static_argnums=(0, 1))
+def _apply(
+    config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array
+) -> tuple[jax.Array, Aux]:
+    over_mesh = partial(_over_mesh, config, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = tuple(name for name in axes if types[name] == AxisType.Explicit)
+    if explicit:
+        # Flattening and padding tokens has no one sharding: XLA chooses on the way in, and the
+        # result goes back to where x was.
+        out_sharding = (jax.typeof(x).sharding.spec, P())
+        over_mesh = jax.sharding.auto_axes(over_mesh, axes=explicit, out_sharding=out_sharding)
+    return over_mesh(weights, x)
+
+
+def _over_mesh(
+    config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array
+) -> tuple[jax.Array, Aux]:
+    """Shards the tokens over all axes and the experts over theirs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = x.reshape(-1, config.hidden)
+    num_tokens, num_shards = tokens.shape[0], math.prod(mesh.shape[name] for name in axes)
+    num_padding = max(1, -(-num_tokens // num_shards)) * num_shards - num_tokens
+    tokens = jnp.pad(tokens, ((0, num_padding), (0, 0)))
+    shard = partial(_shard, config, axes, num_tokens)
+    if axes:
+        experts = config.expert_spec
+        shard = jax.shard_map(
+            shard,
+            in_specs=(Weights(P(), P(), experts, experts, experts), P(axes)),
+            out_specs=(P(axes), P()),
+        )
+    out, aux = shard(weights, tokens)
+    return out[:num_tokens].reshape(x.shape), aux
+
+
+def _shard(
+    config: Config, axes: tuple[str, ...], num_tokens: int, weights: Weights, x: jax.Array
+) -> tuple[jax.Array, Aux]:
+    """Does one shard's part, where ``num_tokens`` rows of all shards are tokens, then padding."""
+    first = (jax.lax.axis_index(axes) if axes else 0) * x.shape[0]
+    is_token = first + jnp.arange(x.shape[0], dtype=jnp.int32) < num_tokens
+    logits = jnp.matmul(
+        x.astype(jnp.float32),
+        weights.router_kernel.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    topk_idx, topk_weights, probs = _route(config, logits, weights.router_bias)
+    topk_idx = jnp.where(is_token[:, None], topk_idx, DROPPED)
+    dtype = x.dtype if config.dtype is None else config.dtype
+    experts = (weights.w_gate, weights.w_up, weights.w_down)
+    out, plan = moe(
+        x.astype(dtype),
+        topk_idx,
+        topk_weights,
+        *(matrices.astype(dtype) for matrices in experts),
+        num_experts=config.num_experts,
+        axis_name=config.expert_axes if axes and config.expert_axes else None,
+        capacity=_capacity(config, axes, x.shape[0]),
+        implementation=config.implementation,
+    )
+    over = axes or None
+    return out, {
+        "load_balance_loss": routing.load_balance_loss(probs, topk_idx, axis_name=over),
+        "router_z_loss": routing.router_z_loss(logits, where=is_token, axis_name=over),
+        **_global_metrics(config, axes, plan, dtype),
+    }
+
+
+def _route(
+    config: Config, logits: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the choices, their weights and each token's probabilities of all experts."""
+    if bias is None:
+        return *routing.softmax_topk(logits, config.num_topk), jax.nn.softmax(logits, axis=-1)
+    # Scores divided by their sum, even where they underflow.
+    probs = jax.nn.softmax(jax.nn.log_sigmoid(logits), axis=-1)
+    return *routing.sigmoid_topk(logits, bias, config.num_topk), probs
+
+
+def _capacity(config: Config, axes: tuple[str, ...], num_tokens: int) -> int | None:
+    if config.capacity_factor is None:
+        return None
+    num_ranks = math.prod(jax.lax.axis_size(name) for name in config.expert_axes if axes)
+    return suggest_capacity(
+        num_tokens, config.num_topk, config.num_experts, num_ranks, factor=config.capacity_factor
+    )
+
+
+def _global_metrics(
+    config: Config, axes: tuple[str, ...], plan: Plan, dtype: jax.typing.DTypeLike
+) -> Aux:
+    """Brings ``load_metrics`` of all shards together."""
+    # The load counts all ranks of the expert axis already.
+    others = tuple(name for name in axes if name not in config.expert_axes)
+    expert_load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
+    local = load_metrics(plan, hidden=config.hidden, dtype=dtype)
+    summed = ("recv_rows", "logical_bytes", "wire_bytes")
+    totals = {name: local[name] for name in summed} | {"dropped": plan.num_dropped}
+    totals = jax.lax.psum(totals, axes) if axes else totals
+    num_choices = jnp.maximum(jnp.sum(expert_load), 1).astype(jnp.float32)
+    return {
+        "expert_load": expert_load,
+        "expert_load_max_over_mean": max_over_mean(expert_load),
+        "rank_load_max_over_mean": max_over_mean(rank_load(expert_load, plan.num_ranks)),
+        "dropped_fraction": totals.pop("dropped").astype(jnp.float32) / num_choices,
+        **totals,
+    }
