@@ -31,7 +31,8 @@ lint: $(PACKAGE) $(TOOLS) build/lint/compile_commands.json ## check style, types
 	$(BIN)/pyright --pythonpath $(RUN)
 	$(BIN)/lint-imports --no-cache
 	find ffi tests/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
-	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy
+	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy > build/lint/clang-tidy.log 2>&1 \
+	  || { cat build/lint/clang-tidy.log; exit 1; }
 
 format: $(TOOLS) ## rewrite sources in the project's style
 	$(BIN)/ruff check --fix --exit-zero .
@@ -61,7 +62,7 @@ $(TOOLS): pyproject.toml | $(RUN)
 	touch $@
 
 build/lint/compile_commands.json: ffi/CMakeLists.txt $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B build/lint -DJAX_EP_NATIVE_TESTS=ON
+	$(CONFIGURE) -B build/lint
 
 build/native-address: SANITIZE := address,undefined
 build/native-thread: SANITIZE := thread
