@@ -61,8 +61,7 @@ Whereabouts CallReader::whereabouts() {
       .rank = static_cast<std::int32_t*>(
           Checked(rank, "rank", ffi::DataType::S32, stacked)),
       .group = Operand<std::int32_t>("group", ffi::DataType::S32, stacked),
-      .fingerprint =
-          Operand<std::uint32_t>("fingerprint", ffi::DataType::U32, stacked),
+      .fingerprint = Operand<std::uint32_t>("fingerprint", ffi::DataType::U32, stacked),
       .num_stacked = stacked,
       .num_ranks = Attribute("num_ranks"),
   };

@@ -39,8 +39,9 @@ struct Whereabouts {
   std::int64_t num_ranks;
 };
 
-// Reads the operands, results and attributes of one call in the order that Python passes
-// them. The first thing found wrong is kept as the error; what is read after it is empty.
+// Reads the operands, results and attributes of one call in the order that Python
+// passes them. The first thing found wrong is kept as the error; what is read after it
+// is empty.
 class CallReader {
  public:
   CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,

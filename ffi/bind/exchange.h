@@ -92,22 +92,20 @@ ffi::Error ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPool
 }  // namespace jax_ep
 
 // Defines an op's two handlers: jax_ep_NAME_stacked and jax_ep_NAME_devices.
-#define EP_DEFINE_EXCHANGE(name, Op)                                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked,                         \
-                                jax_ep::ExchangeStacked<Op>,                     \
-                                xla::ffi::Ffi::Bind()                            \
-                                    .Ctx<xla::ffi::ThreadPool>()                 \
-                                    .RemainingArgs()                             \
-                                    .RemainingRets()                             \
-                                    .Attrs());                                   \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_devices,                         \
-                                jax_ep::ExchangeDevices<Op>,                     \
-                                xla::ffi::Ffi::Bind()                            \
-                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>()    \
-                                    .Ctx<xla::ffi::RunId>()                      \
-                                    .Ctx<xla::ffi::ThreadPool>()                 \
-                                    .RemainingArgs()                             \
-                                    .RemainingRets()                             \
+#define EP_DEFINE_EXCHANGE(name, Op)                                                  \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked, jax_ep::ExchangeStacked<Op>, \
+                                xla::ffi::Ffi::Bind()                                 \
+                                    .Ctx<xla::ffi::ThreadPool>()                      \
+                                    .RemainingArgs()                                  \
+                                    .RemainingRets()                                  \
+                                    .Attrs());                                        \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_devices, jax_ep::ExchangeDevices<Op>, \
+                                xla::ffi::Ffi::Bind()                                 \
+                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>()         \
+                                    .Ctx<xla::ffi::RunId>()                           \
+                                    .Ctx<xla::ffi::ThreadPool>()                      \
+                                    .RemainingArgs()                                  \
+                                    .RemainingRets()                                  \
                                     .Attrs())
 
 #endif  // JAX_EP_FFI_BIND_EXCHANGE_H_

@@ -1,10 +1,11 @@
+#include "cpu/gather_rows.h"
+
 #include <array>
 #include <cstdint>
 #include <numeric>
 
 #include "bind/call_reader.h"
 #include "bind/exchange.h"
-#include "cpu/gather_rows.h"
 
 namespace jax_ep {
 namespace {
@@ -30,8 +31,8 @@ class GatherRowsOp {
     reader.Require(x_.elements() == stack * token_elements, "x [.., T, H]");
     recv_choice_ = reader.Operand<std::int32_t>("recv_choice", ffi::DataType::S32,
                                                 stack * capacity_);
-    recv_row_ = reader.Operand<std::int32_t>("recv_row", ffi::DataType::S32,
-                                             stack * capacity_);
+    recv_row_ =
+        reader.Operand<std::int32_t>("recv_row", ffi::DataType::S32, stack * capacity_);
     recv_counts_ = reader.Operand<std::int32_t>("recv_counts", ffi::DataType::S32,
                                                 stack * num_ranks_);
     group_sizes_ = reader.Operand<std::int32_t>("group_sizes", ffi::DataType::S32,
@@ -74,10 +75,9 @@ class GatherRowsOp {
 
   Lent LentAt(std::int64_t i) const {
     const char* x = static_cast<const char*>(x_.data) + i * num_tokens_ * row_bytes();
-    const float* weights =
-        has_weights_
-            ? static_cast<const float*>(weights_.data) + i * num_tokens_ * num_topk_
-            : nullptr;
+    const float* weights = has_weights_ ? static_cast<const float*>(weights_.data) +
+                                              i * num_tokens_ * num_topk_
+                                        : nullptr;
     return {x, weights};
   }
 

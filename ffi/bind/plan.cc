@@ -40,8 +40,8 @@ PlanArgs ReadPlanArgs(CallReader& reader) {
   const std::int64_t num_local = num_experts / num_ranks;
   reader.Require(ranks.type == DataType::S32, "rank of int32");
   return {
-      .topk_idx = reader.Operand<std::int32_t>("topk_idx", DataType::S32,
-                                               num_ranks * choices),
+      .topk_idx =
+          reader.Operand<std::int32_t>("topk_idx", DataType::S32, num_ranks * choices),
       .ranks = static_cast<const std::int32_t*>(ranks.data),
       .num_plans = n,
       .num_ranks = num_ranks,
@@ -68,8 +68,8 @@ PlanArgs ReadPlanArgs(CallReader& reader) {
   };
 }
 
-// A purely local op: the choices of all ranks have been gathered before. One plan is made
-// on the calling thread, since the peers' plans are being made on theirs.
+// A purely local op: the choices of all ranks have been gathered before. One plan is
+// made on the calling thread, since the peers' plans are being made on theirs.
 ffi::Error Plan(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                 ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);

@@ -21,15 +21,15 @@ struct PlanArgs {
   std::int64_t capacity;
   std::int64_t alignment;
 
-  std::int32_t* group_sizes;   // [num_plans, L]
-  bool* kept;                  // [num_plans, T, K]
-  std::int32_t* expert_load;   // [num_plans, E]
-  std::int32_t* recv_counts;   // [num_plans, R]
-  std::int32_t* num_dropped;   // [num_plans]
-  std::int32_t* send_row;      // [num_plans, T, K], row on the expert's rank or kDropped
-  std::int32_t* recv_choice;   // [num_plans, capacity], by (source rank, token, k)
-  std::int32_t* recv_row;      // [num_plans, capacity], the row of each recv_choice
-  std::int32_t* group_rows;    // [num_plans, L], group_sizes less the padding
+  std::int32_t* group_sizes;  // [num_plans, L]
+  bool* kept;                 // [num_plans, T, K]
+  std::int32_t* expert_load;  // [num_plans, E]
+  std::int32_t* recv_counts;  // [num_plans, R]
+  std::int32_t* num_dropped;  // [num_plans]
+  std::int32_t* send_row;     // [num_plans, T, K], row on the expert's rank or kDropped
+  std::int32_t* recv_choice;  // [num_plans, capacity], by (source rank, token, k)
+  std::int32_t* recv_row;     // [num_plans, capacity], the row of each recv_choice
+  std::int32_t* group_rows;   // [num_plans, L], group_sizes less the padding
   std::uint32_t* fingerprint;  // [num_plans], equal on all ranks
 
   std::int64_t num_local_experts() const { return num_experts / num_ranks; }

@@ -9,12 +9,12 @@
 namespace jax_ep {
 
 // Runs body(0) … body(count - 1), on any threads in any order; returns when all ended.
-using ParallelFor =
-    std::function<void(std::int64_t count, const std::function<void(std::int64_t)>& body)>;
+using ParallelFor = std::function<void(std::int64_t count,
+                                       const std::function<void(std::int64_t)>& body)>;
 
 // Fills in the plans: a counting sort of all choices by (expert, source rank, token, k)
-// after those beyond a rank's capacity are cut off in the order (k, token, source rank).
-// Costs O(R * T * K) for one plan or for all.
+// after those beyond a rank's capacity are cut off in the order (k, token, source
+// rank). Costs O(R * T * K) for one plan or for all.
 void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace jax_ep

@@ -26,7 +26,9 @@ namespace {
 constexpr std::uint32_t kDefaultControl = 0x1f80;  // all exceptions masked, nearest
 
 std::uint64_t ReadControl() { return _mm_getcsr(); }
-void WriteControl(std::uint64_t value) { _mm_setcsr(static_cast<std::uint32_t>(value)); }
+void WriteControl(std::uint64_t value) {
+  _mm_setcsr(static_cast<std::uint32_t>(value));
+}
 #elif defined(__aarch64__)
 constexpr std::uint64_t kDefaultControl = 0;
 

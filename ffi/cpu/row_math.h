@@ -9,9 +9,9 @@ namespace jax_ep {
 
 // One summand of a token's result.
 struct ReduceTerm {
-  const void* row;       // [hidden]
+  const void* row;  // [hidden]
   float weight;
-  std::int32_t rank;     // whose row it is; terms come in ascending rank
+  std::int32_t rank;  // whose row it is; terms come in ascending rank
 };
 
 // Arithmetic on whole rows. One table per instruction set, all with the same results to
@@ -21,8 +21,8 @@ struct RowMath {
 
   // Copies `bytes` from src to each of `count` destinations. `stream`: with stores that
   // leave the caches alone, to be followed by Fence before another thread reads.
-  void (*copy)(const void* src, void* const* dst, std::int64_t count, std::int64_t bytes,
-               bool stream);
+  void (*copy)(const void* src, void* const* dst, std::int64_t count,
+               std::int64_t bytes, bool stream);
   void (*fence)();
 
   // Starts to bring `bytes` from src into the cache: rows lie anywhere, so the CPU does
@@ -33,11 +33,11 @@ struct RowMath {
   void (*scale)(DType dtype, const void* src, float weight, void* dst,
                 std::int64_t hidden);
 
-  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h. While
-  // each term is added, the row of the next is fetched: after the last, `row_after`, if
-  // any.
-  void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms, void* out,
-                 std::int64_t hidden, const void* row_after);
+  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h.
+  // While each term is added, the row of the next is fetched: after the last,
+  // `row_after`, if any.
+  void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms,
+                 void* out, std::int64_t hidden, const void* row_after);
 
   // Sum of a * b: 64 lanes that each take every 64th product by fma, then halves added.
   float (*dot)(DType dtype, const void* a, const void* b, std::int64_t hidden);

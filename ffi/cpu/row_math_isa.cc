@@ -165,8 +165,8 @@ void Reduce(const ReduceTerm* terms, std::int64_t num_terms, void* out,
         row = row_after;
         offset = 0;
       }
-      const auto* ahead = reinterpret_cast<const char*>(
-          static_cast<const Storage*>(row) + offset);
+      const auto* ahead =
+          reinterpret_cast<const char*>(static_cast<const Storage*>(row) + offset);
       const auto accumulate =
           first ? (last ? Accumulate<E, true, true> : Accumulate<E, true, false>)
                 : (last ? Accumulate<E, false, true> : Accumulate<E, false, false>);

@@ -22,7 +22,9 @@ constexpr std::int64_t ItemsPerChunk(std::int64_t item_bytes) {
   return item_bytes < kChunkBytes / 2 ? kChunkBytes / (item_bytes + 1) + 1 : 1;
 }
 
-constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace jax_ep
 

@@ -88,7 +88,8 @@ std::optional<std::string> MeetingPoint::Attend(const Attendance& attendance) {
 // The oldest meeting of this key that the rank has not been to: in a loop, each rank
 // comes to the same call once per turn. A device that repeats a rank (because the mesh
 // has axes that the exchange does not know) finds its own.
-std::shared_ptr<MeetingPoint::Meeting> MeetingPoint::Join(const Attendance& attendance) {
+std::shared_ptr<MeetingPoint::Meeting> MeetingPoint::Join(
+    const Attendance& attendance) {
   const auto rank = static_cast<std::size_t>(attendance.rank);
   for (const auto& meeting : open_) {
     if (meeting->key == attendance.key && !meeting->present[rank]) return meeting;
@@ -127,13 +128,13 @@ void MeetingPoint::Arrive(const Attendance& attendance,
   if (complete) Forget(*meeting);
 }
 
-// Wakes as many of the waiting ranks as there are cores to work on, and asks for helpers
-// where there are more cores than ranks. The others sleep until the work has ended.
+// Wakes as many of the waiting ranks as there are cores to work on, and asks for
+// helpers where there are more cores than ranks. The others sleep until the work has
+// ended.
 void MeetingPoint::StartWork(const Attendance& attendance,
                              const std::shared_ptr<Meeting>& meeting) {
   meeting->share.emplace(std::move(meeting->works));
-  meeting->phase =
-      meeting->share->num_chunks() == 0 ? Phase::kDone : Phase::kWorking;
+  meeting->phase = meeting->share->num_chunks() == 0 ? Phase::kDone : Phase::kWorking;
   const std::int64_t threads = UsefulThreads(meeting->share->num_chunks());
   if (meeting->phase == Phase::kDone) meeting->changed.notify_all();
   for (std::int64_t i = 1; i < std::min<std::int64_t>(threads, attendance.num_ranks);

@@ -56,8 +56,8 @@ struct Attendance {
 
 // Where the device threads of one process meet. A rank arrives with its buffers, waits
 // until all its peers have, and the threads that are awake then share out the work of
-// all ranks. Nobody leaves before everybody's work has ended, so lent buffers stay valid
-// while they are read. Waiting for peers is bounded; after that only work that is
+// all ranks. Nobody leaves before everybody's work has ended, so lent buffers stay
+// valid while they are read. Waiting for peers is bounded; after that only work that is
 // already running remains.
 class MeetingPoint {
  public:

@@ -11,8 +11,8 @@
 namespace jax_ep {
 
 // Hands out the chunks of several ranks' works to whichever threads ask, each once.
-// A rank with much to receive is helped by the others, and the number of threads at work
-// is that of those that ask, not of the ranks.
+// A rank with much to receive is helped by the others, and the number of threads at
+// work is that of those that ask, not of the ranks.
 class WorkShare {
  public:
   explicit WorkShare(std::vector<Work> works);
@@ -39,8 +39,8 @@ class WorkShare {
 // Runs tasks on some thread, at some time, or never.
 using Schedule = std::function<void(std::function<void()>)>;
 
-// Runs works whose peers are all on this thread's device: no rank is waited for. Helpers
-// are scheduled where there are cores for them.
+// Runs works whose peers are all on this thread's device: no rank is waited for.
+// Helpers are scheduled where there are cores for them.
 void RunTogether(std::vector<Work> works, const Schedule& schedule);
 
 // Returns how many threads are worth having for `num_chunks`: at most one per core.
