@@ -1,0 +1,115 @@
+"""A byte-level transformer whose feed-forward layers are mixtures of experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jax_ep.flax import MoE
+from moe_lm.dense import DenseMoE
+
+VOCAB = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What fixes the shapes of a model and the way of its tokens."""
+
+    num_layers: int = 2
+    hidden: int = 128
+    num_heads: int = 4
+    ffn_hidden: int = 128
+    num_experts: int = 16
+    num_topk: int = 2
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    capacity_factor: float | None = None
+    implementation: Literal["native", "xla", "dense"] | None = None
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions."""
+
+    def __init__(self, hidden: int, num_heads: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(hidden**-0.5)
+        self.qkv = nnx.Param(init(rngs.params(), (hidden, 3, num_heads, hidden // num_heads)))
+        self.out = nnx.Param(init(rngs.params(), (hidden, hidden)))
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length hidden"]:
+        """Lets every position read itself and those before it."""
+        q, k, v = jnp.moveaxis(jnp.einsum("blh,hsnd->blsnd", x, self.qkv[...]), 2, 0)
+        read = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return read.reshape(x.shape) @ self.out[...]
+
+
+def rotate(x: Float[Array, "batch length heads width"]) -> Float[Array, "batch length heads width"]:
+    """Turns pairs of features by angles that grow with the position: https://arxiv.org/abs/2104.09864."""
+    half = x.shape[-1] // 2
+    rates = 1000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * rates
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    left, right = x[..., :half], x[..., half:]
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
+
+
+class Block(nnx.Module):
+    """Attention, then experts, each added to what it reads."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(config.hidden, rngs=rngs)
+        self.attention = Attention(config.hidden, config.num_heads, rngs=rngs)
+        self.moe_norm = nnx.RMSNorm(config.hidden, rngs=rngs)
+        self.moe = make_moe(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"]]:
+        """Returns the block's output, and what its experts were given."""
+        x = x + self.attention(self.attention_norm(x))
+        moe_input = self.moe_norm(x)
+        return x + self.moe(moe_input), moe_input
+
+
+def make_moe(config: Config, *, rngs: nnx.Rngs) -> MoE:
+    """Makes one layer of experts: by the exchange, or dense to compare it with."""
+    sizes = (config.hidden, config.ffn_hidden, config.num_experts, config.num_topk)
+    if config.implementation == "dense":
+        return DenseMoE(*sizes, router=config.router, rngs=rngs)
+    return MoE(
+        *sizes,
+        router=config.router,
+        capacity_factor=config.capacity_factor,
+        implementation=config.implementation,
+        rngs=rngs,
+    )
+
+
+class Transformer(nnx.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        self.embedding = nnx.Param(init(rngs.params(), (VOCAB, config.hidden)))
+        self.blocks = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
+        self.norm = nnx.RMSNorm(config.hidden, rngs=rngs)
+        self.unembedding = nnx.Param(jnp.zeros((config.hidden, VOCAB)))
+
+    def __call__(self, tokens: Int32[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+        """Returns the logits of the byte after each position."""
+        return self.logits_and_moe_inputs(tokens)[0]
+
+    def logits_and_moe_inputs(
+        self, tokens: Int32[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length vocab"], list[Float[Array, "batch length hidden"]]]:
+        """Returns the logits, and what each layer's experts were given."""
+        x, moe_inputs = self.embedding[...][tokens], []
+        for block in self.blocks:
+            x, moe_input = block(x)
+            moe_inputs.append(moe_input)
+        return self.norm(x) @ self.unembedding[...], moe_inputs

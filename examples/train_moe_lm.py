@@ -1,0 +1,251 @@
+"""Trains a byte-level MoE language model on the source text of Python's standard library.
+
+Runs on eight CPU devices, or on the accelerators that JAX finds::
+
+    python examples/train_moe_lm.py
+    python examples/train_moe_lm.py --router=sigmoid --capacity_factor=0 --mesh=1x8
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+if "XLA_FLAGS" not in os.environ:
+    # Before JAX starts: it reads this once.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from moe_lm import report, sampling, text, timing, training
+from moe_lm.model import Config
+from tqdm import tqdm
+
+_STEPS = flags.DEFINE_integer("steps", 300, "Steps of training.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "Sequences in a step.", lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Bytes in a sequence.", lower_bound=2)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.", lower_bound=0.0)
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "Blocks of attention and experts.", 1)
+_HIDDEN = flags.DEFINE_integer("hidden", 128, "Width of the model.", 1)
+_NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Heads of attention.", 1)
+_FFN_HIDDEN = flags.DEFINE_integer("ffn_hidden", 128, "Width inside an expert.", 1)
+_NUM_EXPERTS = flags.DEFINE_integer("num_experts", 16, "Experts in a layer.", 1)
+_NUM_TOPK = flags.DEFINE_integer("num_topk", 2, "Experts that a byte goes to.", 1)
+_ROUTER: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "router", "softmax", ["softmax", "sigmoid"], "How experts are chosen."
+)
+_CAPACITY_FACTOR = flags.DEFINE_float(
+    "capacity_factor", 1.25, "Room of a device over its fair share; 0 drops nothing.", 0.0
+)
+_IMPLEMENTATION: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "implementation",
+    None,
+    ["native", "xla", "dense"],
+    "What moves the tokens, by default what serves; dense moves none: every expert computes all.",
+)
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices along data x expert, as in 2x4. By default all, two along data."
+)
+_MAX_BYTES = flags.DEFINE_integer("max_bytes", 16_000_000, "The most text to read.", 1)
+_SAMPLE_BYTES = flags.DEFINE_integer("sample_bytes", 300, "Bytes of text to write.", 1)
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", str(Path(__file__).parent / "out"), "Where to put train_moe_lm.png."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Fixes parameters, batches and samples.")
+
+
+def parse_mesh(mesh: str | None, num_devices: int) -> tuple[int, int]:
+    """Returns how many devices lie along the data and the expert axis.
+
+    Args:
+      mesh: both numbers, as in ``"2x4"``; None for all devices, two along data where they are even
+        and more than two.
+      num_devices: how many there are.
+
+    Raises:
+      ValueError: ``mesh`` is not two positive numbers, or they ask for more devices than there are.
+    """
+    if mesh is None:
+        data = 2 if num_devices > 2 and num_devices % 2 == 0 else 1
+        return data, num_devices // data
+    sizes = mesh.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--mesh must be two positive numbers, as in 2x4; got {mesh!r}.")
+    data, expert = (int(size) for size in sizes)
+    if data * expert > num_devices:
+        raise ValueError(f"--mesh must not exceed the {num_devices} devices; got {mesh!r}.")
+    return data, expert
+
+
+def make_config() -> Config:
+    """Returns the model that the flags describe."""
+    return Config(
+        num_layers=_NUM_LAYERS.value,
+        hidden=_HIDDEN.value,
+        num_heads=_NUM_HEADS.value,
+        ffn_hidden=_FFN_HIDDEN.value,
+        num_experts=_NUM_EXPERTS.value,
+        num_topk=_NUM_TOPK.value,
+        router=_ROUTER.value,
+        capacity_factor=_CAPACITY_FACTOR.value or None,
+        implementation=_IMPLEMENTATION.value,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Trains, measures, writes a sample and draws the picture.
+
+    Raises:
+      app.UsageError: a flag has no meaning here, or does not fit another.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"no arguments but flags are known; got {argv[1:]}.")
+    config = make_config()
+    mesh = make_mesh(config)
+    corpus = text.read_corpus(_MAX_BYTES.value)
+    entropy = text.byte_entropy(corpus.train)
+    print(f"text: {len(corpus.train):,} bytes of Python, {entropy:.2f} bits per byte by frequency")
+    print(f"mesh: {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].device_kind} devices")
+    with jax.set_mesh(mesh):
+        graph, state = training.init_state(
+            config,
+            mesh,
+            learning_rate=_LEARNING_RATE.value,
+            num_steps=_STEPS.value,
+            seed=_SEED.value,
+        )
+        state, history, step_seconds = train(config, graph, state, corpus, mesh)
+        model, _ = nnx.merge(graph, state)
+        held_out_loss, moe_inputs = measure(model, corpus, mesh)
+        print_losses(history, held_out_loss, entropy)
+        if config.implementation != "dense":
+            parts = timing.time_layers(config, model, moe_inputs, mesh)
+            print(f"\nA step, and the parts of its {config.num_layers} expert layers on their own,")
+            print(f"forward and backward:\n{report.format_shares(parts, step_seconds)}")
+        print_sample(model, corpus, mesh)
+    save_picture(config, mesh, history, held_out_loss, entropy)
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """Returns the mesh that the flags describe.
+
+    Raises:
+      app.UsageError: the mesh, the batch, the experts or the heads do not fit one another.
+    """
+    try:
+        shape = parse_mesh(_MESH.value, jax.device_count())
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    num_devices = shape[0] * shape[1]
+    for name, value, of in (
+        ("batch", _BATCH.value, num_devices),
+        ("num_experts", config.num_experts, shape[1]),
+        ("hidden", config.hidden, 2 * config.num_heads),
+    ):
+        if value % of:
+            raise app.UsageError(f"--{name} must be a multiple of {of}; got {value}.")
+    if config.num_topk > config.num_experts:
+        raise app.UsageError(
+            f"--num_topk must be at most {config.num_experts}; got {config.num_topk}."
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh(shape, ("data", "expert"), axis_types=auto, devices=devices)
+
+
+def train(
+    config: Config,
+    graph: nnx.GraphDef,
+    state: training.State,
+    corpus: text.Corpus,
+    mesh: jax.sharding.Mesh,
+) -> tuple[training.State, report.History, float]:
+    """Returns the trained state, what every step reported, and how long a step takes."""
+    step = training.compile_step(graph, state, config)
+    rng = np.random.default_rng(_SEED.value)
+    history, seconds = [], []
+    progress = tqdm(range(_STEPS.value), desc="compiling", unit="step", dynamic_ncols=True)
+    for _ in progress:
+        batch = text.draw_windows(corpus.train, rng, _BATCH.value, _SEQ_LEN.value + 1)
+        start = time.perf_counter()
+        state, metrics = step(state, training.put_batch(batch, mesh))
+        metrics = jax.device_get(metrics)
+        seconds.append(time.perf_counter() - start)
+        history.append(metrics)
+        progress.set_description("training", refresh=False)
+        progress.set_postfix_str(
+            f"loss {metrics.loss:.2f} bits/byte, "
+            f"{_BATCH.value * _SEQ_LEN.value / seconds[-1]:,.0f} tokens/s, "
+            f"dropped {metrics.dropped.mean():.1%}, max/mean {metrics.max_over_mean.max():.1f}"
+        )
+    stacked = report.History(*(np.stack(values) for values in zip(*history, strict=True)))
+    # The first step compiles.
+    return state, stacked, statistics.median(seconds[-50:])
+
+
+def measure(
+    model: training.Transformer, corpus: text.Corpus, mesh: jax.sharding.Mesh
+) -> tuple[float, list[jax.Array]]:
+    """Returns bits per byte of text not trained on, and what its last batch gave the experts."""
+    rng = np.random.default_rng(_SEED.value)
+    graph, state = nnx.split(model)
+    losses, moe_inputs = [], []
+    for _ in range(10):
+        batch = text.draw_windows(corpus.held_out, rng, _BATCH.value, _SEQ_LEN.value + 1)
+        loss, moe_inputs = training.evaluate(graph, state, training.put_batch(batch, mesh))
+        losses.append(float(loss))
+    return statistics.fmean(losses), moe_inputs
+
+
+def print_losses(history: report.History, held_out_loss: float, entropy: float) -> None:
+    """Prints where training began and where it ended, beside what byte frequencies give."""
+    print(f"loss at the first step {history.loss[0]:.3f} bits per byte")
+    print(f"mean of the last 10    {history.loss[-10:].mean():.3f}")
+    print(f"text not trained on    {held_out_loss:.3f}")
+    print(f"byte entropy           {entropy:.3f}")
+
+
+def print_sample(model: training.Transformer, corpus: text.Corpus, mesh: jax.sharding.Mesh) -> None:
+    """Prints how the model goes on from a piece of text that it was not trained on."""
+    rng = np.random.default_rng(_SEED.value)
+    prompts = text.draw_windows(corpus.held_out, rng, mesh.size, _SEQ_LEN.value)
+    drawn = sampling.continue_text(
+        *nnx.split(model),
+        training.put_batch(prompts, mesh),
+        jax.random.key(_SEED.value),
+        num_bytes=_SAMPLE_BYTES.value,
+    )
+    prompt, sample = (bytes(np.asarray(x[0]).astype(np.uint8)) for x in (prompts, drawn))
+    print(f"\n--- given\n{report.format_text(prompt)}")
+    print(f"\n--- the model goes on\n{report.format_text(sample)}\n---")
+
+
+def save_picture(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    history: report.History,
+    held_out_loss: float,
+    entropy: float,
+) -> None:
+    """Writes ``train_moe_lm.png`` and prints where."""
+    path = Path(_OUTPUT_DIR.value) / "train_moe_lm.png"
+    report.save_picture(
+        path,
+        title=(
+            f"A byte-level MoE transformer on Python's own source: {config.num_experts} experts, "
+            f"{config.num_topk} per byte, mesh {' x '.join(map(str, mesh.shape.values()))}"
+        ),
+        history=history,
+        held_out_loss=held_out_loss,
+        entropy=entropy,
+    )
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)
