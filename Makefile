@@ -69,7 +69,7 @@ build/native-thread: SANITIZE := thread
 
 build/native-%: FORCE $(PACKAGE) $(TOOLS)
 	$(CONFIGURE) -B $@ -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
-	$(BIN)/cmake --build $@
+	$(BIN)/cmake --build $@ --target native_tests/all
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 300
 
 FORCE:
