@@ -55,6 +55,7 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
     Op::SetPeers(args.back(), {tables[0].data(), tables[1].data()});
   }
   std::vector<Work> works;
+  works.reserve(args.size());
   for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
   RunTogether(std::move(works), ScheduleOn(pool));
   return ffi::Error::Success();
