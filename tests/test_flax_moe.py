@@ -312,7 +312,7 @@ def test_losses_can_be_trained_on_through_capture():
 
     def sown_loss(layer, x):
         _, sown = nnx.capture(lambda layer, x: layer(x), nnx.Intermediate)(layer, x)
-        return sown["load_balance_loss"][0] + sown["router_z_loss"][0]
+        return sum(sown[name][0] for name in ("load_balance_loss", "router_z_loss"))
 
     def direct_loss(params):
         _, balance, z, _ = dense(params, x)

@@ -1,7 +1,9 @@
 """The MoE layer as a function of global arrays, and as what each shard of them does."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def apply(
 def _apply(
     config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array
 ) -> tuple[jax.Array, Aux]:
-    over_mesh = partial(_over_mesh, config, axes)
+    over_mesh: Callable[..., Any] = partial(_over_mesh, config, axes)
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = tuple(name for name in axes if types[name] == AxisType.Explicit)
@@ -60,12 +62,8 @@ def _over_mesh(
     tokens = jnp.pad(tokens, ((0, num_padding), (0, 0)))
     shard = partial(_shard, config, axes, num_tokens)
     if axes:
-        experts = config.expert_spec
-        shard = jax.shard_map(
-            shard,
-            in_specs=(Weights(P(), P(), experts, experts, experts), P(axes)),
-            out_specs=(P(axes), P()),
-        )
+        specs: tuple[Any, ...] = (P(), P(), *(config.expert_spec,) * 3)
+        shard = jax.shard_map(shard, in_specs=(Weights(*specs), P(axes)), out_specs=(P(axes), P()))
     out, aux = shard(weights, tokens)
     return out[:num_tokens].reshape(x.shape), aux
 

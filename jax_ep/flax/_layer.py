@@ -1,5 +1,7 @@
 """``MoE``: the expert layer as an ``nnx.Module``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -109,7 +111,7 @@ class MoE(nnx.Module):
         )
         axes = mesh_axes(self.config, jax.sharding.get_abstract_mesh())
         # Without a mesh Flax refuses the annotation.
-        sharded = {"out_sharding": self.config.expert_spec} if axes else {}
+        sharded: dict[str, Any] = {"out_sharding": self.config.expert_spec} if axes else {}
         init = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
         inward = (num_experts, hidden, ffn_hidden)
         outward = (num_experts, ffn_hidden, hidden)
