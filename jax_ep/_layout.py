@@ -28,6 +28,13 @@ class Layout:
         return self.num_experts // self.num_ranks
 
     @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The names in ``axis_name``, major first."""
+        if self.axis_name is None:
+            return ()
+        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+
+    @property
     def budget(self) -> int:
         """Choices a rank keeps at most: what is left when every group pays the worst padding."""
         return self.capacity - padding_reserve(self.num_local_experts, self.alignment)

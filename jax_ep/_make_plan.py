@@ -58,7 +58,8 @@ def make_plan(
       The plan, for ``dispatch`` and ``combine`` on the same ranks.
 
     Raises:
-      TypeError: ``topk_idx`` is not an int32 array, or a count is not an int.
+      TypeError: ``topk_idx`` is not an int32 array, a count is not an int, or ``axis_name`` is
+        neither a name nor a tuple of names.
       ValueError: ``topk_idx`` is not 2-D; ``num_experts`` is not a positive multiple of the number
         of ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound,
         or names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or
@@ -102,9 +103,11 @@ def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
     """Finds out how the ranks of ``axis_name`` meet, and how many they are."""
     if axis_name is None:
         return "stacked", 1
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    if not names:
-        raise ValueError("axis_name must be an axis, a tuple of at least one, or None; got ().")
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not names:
+        raise TypeError(
+            f"axis_name must be an axis name, a tuple of at least one, or None; got {axis_name!r}."
+        )
     try:
         sizes = [jax.lax.axis_size(name) for name in names]
     except NameError as error:
@@ -165,8 +168,7 @@ def _locate(layout: Layout) -> tuple[jax.Array, jax.Array]:
     if layout.axis_name is None:
         return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     rank = jax.lax.axis_index(layout.axis_name)
-    names = (layout.axis_name,) if isinstance(layout.axis_name, str) else layout.axis_name
-    others = tuple(name for name in manual_axes() if name not in names)
+    others = tuple(name for name in manual_axes() if name not in layout.axis_names)
     group = jax.lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
     return rank.astype(jnp.int32), group.astype(jnp.int32)
 

@@ -194,7 +194,8 @@ def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes:
     target = f"jax_ep_{op}" if op == "plan" else f"jax_ep_{op}_{layout.fabric}"
     for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
         attributes[name] = getattr(layout, name)
-    call = jax.ffi.ffi_call(target, results)
+    # A plain vmap around the ranks' own: independent exchanges, in turn.
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
 
 

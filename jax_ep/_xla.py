@@ -41,8 +41,8 @@ def plan(
 
     here = kept & (expert // layout.num_local_experts == rank)
     recv_choice = jnp.flatnonzero(here, size=layout.capacity, fill_value=DROPPED).astype(jnp.int32)
-    row_of_recv = row.reshape(-1).at[recv_choice].get(mode="fill", fill_value=0)
-    recv_row = jnp.where(recv_choice == DROPPED, layout.capacity, row_of_recv)
+    # What is not received has index -1, the last element, and gets a row that is not there.
+    recv_row = jnp.append(row.reshape(-1), jnp.int32(layout.capacity))[recv_choice]
     group_rows = jax.lax.dynamic_index_in_dim(
         _group_rows(layout, expert, kept), rank, keepdims=False
     )
@@ -71,14 +71,16 @@ def gather_rows(
 ) -> Num[Array, "capacity hidden"]:
     """Fills this rank's rows with their tokens, scaled by ``weights`` where given."""
     del rank
-    tokens = jax.lax.all_gather(x, layout.axis_name, tiled=True)
     choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
     choice = choice.at[plan._recv_row].set(plan._recv_choice, mode="drop")
-    rows = tokens.at[choice // layout.num_topk].get(mode="fill", fill_value=0)
-    if weights is not None:
-        scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[choice]
-        rows = (scale[:, None].astype(_sum_dtype(x)) * rows.astype(_sum_dtype(x))).astype(x.dtype)
-    return jnp.where((choice != DROPPED)[:, None], rows, jnp.zeros((), x.dtype))
+    if weights is None:
+        # As bits: XLA may compute on floats even to move them, which changes some NaNs.
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(_take_tokens(layout, choice, bits), x.dtype)
+    dtype = _sum_dtype(x)
+    scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[:, None].astype(dtype)
+    rows = _take(scale, choice) * _take_tokens(layout, choice, x).astype(dtype)
+    return _mask(choice, rows).astype(x.dtype)
 
 
 def reduce_rows(
@@ -99,7 +101,7 @@ def reduce_rows(
         picked = _pick(rows, row[:, :, k]).astype(dtype)
         partial += picked if weights is None else weights[:, :, k, None].astype(dtype) * picked
     partial = partial.astype(rows.dtype)
-    partial = jax.lax.all_to_all(partial, layout.axis_name, split_axis=0, concat_axis=0)
+    partial = _swap_slices(layout, partial)
     total, _ = jax.lax.scan(
         lambda total, part: (total + part.astype(dtype), None),
         jnp.zeros_like(partial[0], dtype),
@@ -123,7 +125,7 @@ def row_dots(
     dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
     dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
     # Each choice has its row on one rank; the others contribute exact zeros.
-    return jax.lax.all_to_all(dots, layout.axis_name, split_axis=0, concat_axis=0).sum(axis=0)
+    return _swap_slices(layout, dots).sum(axis=0)
 
 
 OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
@@ -180,10 +182,31 @@ def _row_of_choice(layout: Layout, plan: Plan) -> Array:
     return row.at[choice].set(plan._recv_row, mode="drop").reshape(shape)
 
 
+def _swap_slices(layout: Layout, x: Array) -> Array:
+    """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each."""
+    if x.size == 0:  # JAX's batching of all_to_all has no room for empty slices.
+        return x
+    return jax.lax.all_to_all(x, layout.axis_name, split_axis=0, concat_axis=0)
+
+
+def _take_tokens(layout: Layout, choice: Array, x: Array) -> Array:
+    """Takes each choice's token from whichever rank has it, zeros for ``DROPPED``."""
+    tokens = jax.lax.all_gather(x, layout.axis_name)
+    tokens = tokens.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
+    return _mask(choice, _take(tokens, choice // layout.num_topk))
+
+
+def _take(values: Array, idx: Array) -> Array:
+    """Takes rows by index, whatever there is where the index is ``DROPPED``."""
+    if values.shape[0] == 0:
+        return jnp.zeros_like(values, shape=(*idx.shape, *values.shape[1:]))
+    return values[idx]
+
+
 def _pick(rows: Array, row: Array) -> Array:
     """Takes rows by index, zero where the index is ``DROPPED``."""
     # Mask what is read, not the product: an unused row may hold NaN.
-    return _mask(row, rows.at[row].get(mode="clip"))
+    return _mask(row, _take(rows, row))
 
 
 def _mask(row: Array, values: Array) -> Array:
@@ -194,7 +217,8 @@ def _dot(a: Array, b: Array) -> Array:
     """Multiplies and sums the last axis in an order that does not depend on how XLA compiles it."""
     missing = -a.shape[-1] % _DOT_LANES
     a, b = (jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, missing)]) for v in (a, b))
-    steps = [jnp.moveaxis(v.reshape(*v.shape[:-1], -1, _DOT_LANES), -2, 0) for v in (a, b)]
+    shape = (*a.shape[:-1], a.shape[-1] // _DOT_LANES, _DOT_LANES)
+    steps = [jnp.moveaxis(v.reshape(shape), -2, 0) for v in (a, b)]
     lanes = jnp.zeros_like(a, shape=(*a.shape[:-1], _DOT_LANES))
     lanes, _ = jax.lax.scan(lambda lanes, ab: (lanes + ab[0] * ab[1], None), lanes, tuple(steps))
     while lanes.shape[-1] > 1:
