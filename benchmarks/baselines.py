@@ -78,10 +78,10 @@ def slots_all_to_all(
     source = source.at[slot].set(token, mode="drop", unique_indices=True)
 
     sent = x.at[source].get(mode="fill", fill_value=0)
-    rows = jax.lax.all_to_all(sent, axis_name, 0, 0, tiled=True)
+    rows = _all_to_all(sent, axis_name)
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     rows = experts(rows, index // num_slots % (num_experts // num_ranks))
-    back = jax.lax.all_to_all(rows, axis_name, 0, 0, tiled=True)
+    back = _all_to_all(rows, axis_name)
 
     picked = back.at[slot.reshape(num_topk, num_tokens)].get(mode="fill", fill_value=0)
     out = jnp.einsum("kth,tk->th", picked.astype(jnp.float32), topk_weights)
@@ -104,7 +104,7 @@ def all_gather_reduce_scatter(
     """
     num_tokens, num_topk = topk_idx.shape
     num_local_experts = num_experts // jax.lax.axis_size(axis_name)
-    tokens = jax.lax.all_gather(x, axis_name, tiled=True)
+    tokens = _from_bits(jax.lax.all_gather(_to_bits(x), axis_name, tiled=True), x.dtype)
     weights = jax.lax.all_gather(topk_weights, axis_name, tiled=True).reshape(-1)
     local = jax.lax.all_gather(topk_idx, axis_name, tiled=True).reshape(-1)
     local = local - jax.lax.axis_index(axis_name).astype(jnp.int32) * num_local_experts
@@ -121,6 +121,20 @@ def all_gather_reduce_scatter(
     hits = jnp.zeros_like(local).at[choice].set(here.astype(jnp.int32), unique_indices=True)
     hits = jax.lax.psum_scatter(hits, axis_name, tiled=True)
     return Result(out, hits.reshape(num_tokens, num_topk) > 0)
+
+
+def _all_to_all(rows: Float[Array, "rows hidden"], axis_name: str) -> Float[Array, "rows hidden"]:
+    received = jax.lax.all_to_all(_to_bits(rows), axis_name, 0, 0, tiled=True)
+    return _from_bits(received, rows.dtype)
+
+
+def _to_bits(rows: Array) -> Array:
+    """Shows 2-byte floats as integers: XLA:CPU widens bfloat16 to float32 to move it."""
+    return jax.lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize == 2 else rows
+
+
+def _from_bits(bits: Array, dtype: jnp.dtype) -> Array:
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
 
 
 def _position_among_equals(keys: Int32[Array, "choices"], num_keys: int) -> Int32[Array, "choices"]:

@@ -17,6 +17,9 @@ from shapes import PLAN64, Shape
 
 import jax_ep
 
+Key = tuple[str, str, int | None]
+"""Implementation, routing and capacity."""
+
 _GOAL_MS = 15.0
 _ZIPF_EXPONENTS = {"uniform": 0.0, "zipf": 0.65}
 # The oracle's loops are slow: it sees the same ranks and experts with fewer tokens.
@@ -77,49 +80,46 @@ def main(argv: Sequence[str]) -> None:
     del argv
     jax.config.update("jax_platforms", "cpu")
     timing.print_json(timing.environment())
+    # Plans see no tokens: narrow ones cost the least to draw.
     shape, repeats = dataclasses.replace(PLAN64, hidden=1), _repeats.value
     if _quick.value:
         shape, repeats = dataclasses.replace(shape, num_tokens=64), min(repeats, 3)
     print(f"\n{shape.name}: {shape.source}")
-    calls: dict[tuple[str, str, str], timing.Contender] = {}
+    calls: dict[Key, timing.Contender] = {}
     for routing, exponent in _ZIPF_EXPONENTS.items():
         topk_idx = jax.device_put(make_inputs(shape, exponent).topk_idx)
         for factor in (shape.capacity_factor, None):
             capacity = shape.capacity if factor else None
-            label = f"{factor} T K" if factor else "no drops"
             plans = {}
             for implementation in cast("list[Implementation]", _implementations.value):
                 check(shape, implementation, factor, exponent)
                 planner = make_planner(shape, implementation, capacity)
                 plans[implementation] = functools.partial(planner, topk_idx)
-                calls[implementation, routing, label] = plans[implementation]
+                calls[implementation, routing, capacity] = plans[implementation]
             check_alike(plans)
     report(shape, timing.compare(calls, repeats=repeats))
 
 
-def report(shape: Shape, times: dict[tuple[str, str, str], timing.Times]) -> None:
+def report(shape: Shape, times: dict[Key, timing.Times]) -> None:
     """Prints a table and a record of each case."""
     rows = []
     for (implementation, routing, capacity), spent in times.items():
         goal = spent.median * 1e3 <= _GOAL_MS
         met = ("yes" if goal else "NO") if implementation == "native" else "-"
-        rows.append([f"{implementation}, {routing}, {capacity}", spent, met])
+        cpu = f"{spent.cpu_median * 1e3:.1f}"
+        rows.append([implementation, routing, capacity or "no drops", spent, cpu, met])
     title = (
         f"make_plan of R={shape.num_ranks} stacked ranks, T={shape.num_tokens} "
         f"K={shape.num_topk} E={shape.num_experts}"
     )
-    timing.print_table(title, ("plan", "ms (p10-p90)", f"<= {_GOAL_MS:g} ms"), rows)
+    timing.print_table(
+        title,
+        ("plan", "routing", "capacity", "ms (p10-p90)", "CPU ms", f"<= {_GOAL_MS:g} ms"),
+        rows,
+    )
     for (implementation, routing, capacity), spent in times.items():
-        timing.print_json(
-            {
-                **shape.as_json(),
-                "bench": "plan",
-                "contender": implementation,
-                "routing": routing,
-                "capacity": capacity,
-                **spent.as_json(),
-            }
-        )
+        case = {**shape.as_json(), "capacity": capacity, "hidden": None, "routing": routing}
+        timing.print_json({**case, "bench": "plan", "contender": implementation, **spent.as_json()})
 
 
 if __name__ == "__main__":

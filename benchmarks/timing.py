@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -9,7 +10,6 @@ import pathlib
 import platform
 import random
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -30,9 +30,11 @@ _FEWEST_SAMPLES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds that one contender took, one entry per run."""
+    """What one contender took, one entry per run."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...] = ()
+    """Of all threads of the process: it tells work from waiting, and from a busy machine."""
 
     @property
     def median(self) -> float:
@@ -46,6 +48,10 @@ class Times:
     def p90(self) -> float:
         return float(np.percentile(self.seconds, 90))
 
+    @property
+    def cpu_median(self) -> float:
+        return float(np.median(self.cpu_seconds))
+
     def as_json(self) -> dict[str, float | int]:
         """Returns the summary in milliseconds."""
         return {
@@ -53,6 +59,7 @@ class Times:
             "p10_ms": round(self.p10 * 1e3, 4),
             "p90_ms": round(self.p90 * 1e3, 4),
             "runs": len(self.seconds),
+            **({"cpu_ms": round(self.cpu_median * 1e3, 4)} if self.cpu_seconds else {}),
         }
 
     def __str__(self) -> str:
@@ -77,14 +84,14 @@ def compare(
       The times of each contender.
     """
     every = {name: _rounds_between(call, warmup, repeats) for name, call in contenders.items()}
-    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
+    runs: dict[Key, list[tuple[float, float]]] = {name: [] for name in contenders}
     order = random.Random(0)
     for round_number in range(repeats):
         names = [name for name in contenders if round_number % every[name] == 0]
         order.shuffle(names)
         for name in names:
-            seconds[name].append(_time(contenders[name]))
-    return {name: Times(tuple(runs)) for name, runs in seconds.items()}
+            runs[name].append(_time(contenders[name]))
+    return {name: Times(*zip(*pairs, strict=True)) for name, pairs in runs.items()}
 
 
 def time_ranks(call: Contender, *, repeats: int = 20, warmup: int = 2) -> Times:
@@ -102,9 +109,8 @@ def time_ranks(call: Contender, *, repeats: int = 20, warmup: int = 2) -> Times:
     Returns:
       The times of the slowest rank.
     """
-    for _ in range(warmup):
-        jax.block_until_ready(call())
-    runs = [_time_shards(call) for _ in range(repeats)]
+    with concurrent.futures.ThreadPoolExecutor(jax.local_device_count()) as pool:
+        runs = [_time_shards(call, pool) for _ in range(warmup + repeats)][warmup:]
     per_rank = [Times(ranks) for ranks in zip(*runs, strict=True)]
     return max(per_rank, key=lambda times: times.median)
 
@@ -140,39 +146,35 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
     print(flush=True)
 
 
-def _time(call: Contender) -> float:
-    start = time.perf_counter()
+def _time(call: Contender) -> tuple[float, float]:
+    """Runs once; returns the seconds it took, and those of the processors."""
+    cpu_start, start = time.process_time(), time.perf_counter()
     result = call()
     jax.block_until_ready(result)
-    return time.perf_counter() - start
+    # In this order: the result, released on return, is not part of either.
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def _rounds_between(call: Contender, warmup: int, repeats: int) -> int:
     """Warms a contender up; returns in which rounds it takes part: every that many."""
-    seconds = [_time(call) for _ in range(max(2, warmup))]
+    seconds = [_time(call)[0] for _ in range(max(2, warmup))]
     wanted = max(1, round(min(seconds) / _SLOW_SECONDS))
     return min(wanted, max(1, repeats // _FEWEST_SAMPLES))
 
 
-def _time_shards(call: Contender) -> tuple[float, ...]:
+def _time_shards(call: Contender, pool: concurrent.futures.Executor) -> tuple[float, ...]:
     """Runs once; returns the seconds until each device's shards were ready, by device."""
     start = time.perf_counter()
     shards: dict[int, list[jax.Array]] = {}
     for leaf in jax.tree.leaves(call()):
         for shard in leaf.addressable_shards:
             shards.setdefault(shard.device.id, []).append(shard.data)
-    ready = [0.0] * len(shards)
 
-    def wait(position: int, device: int) -> None:
+    def wait(device: int) -> float:
         jax.block_until_ready(shards[device])
-        ready[position] = time.perf_counter() - start
+        return time.perf_counter() - start
 
-    threads = [threading.Thread(target=wait, args=pair) for pair in enumerate(sorted(shards))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return tuple(ready)
+    return tuple(pool.map(wait, sorted(shards)))
 
 
 def _commit() -> str:
