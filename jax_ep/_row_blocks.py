@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-# Rows a product takes at once. Fewer repeat the product's own overhead; more compute rows past a
-# group's end in vain. Sums over rows write a whole matrix per block: long groups take longer ones.
-_BLOCK = 64
-_LONG_BLOCK = 128
+# Rows that one product takes at once. With fewer its own overhead shows; with more, rows past a
+# group's end are computed in vain. Sums over rows update a whole matrix per block, so that theirs
+# may be longer.
+_SHORTEST, _LONGEST, _LONGEST_SUM = 32, 64, 128
 
 
 class _Groups(NamedTuple):
@@ -58,12 +58,13 @@ def matmul_blocks(
     matrices = _as_bits(weights.reshape(weight_stack * num_groups, hidden, ffn_hidden))
     groups = _lay_out(group_sizes, capacity)
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
+    size = _block_rows(capacity, group_sizes, _LONGEST)
 
     def visit(group: jax.Array, out: jax.Array) -> jax.Array:
         matrix = lax.dynamic_index_in_dim(matrices, group % matrices.shape[0], keepdims=False)
         matrix = _from_bits(matrix, dtype).astype(sum_dtype)
 
-        def step(at: jax.Array, mine: jax.Array, size: int, out: jax.Array) -> jax.Array:
+        def step(at: jax.Array, mine: jax.Array, out: jax.Array) -> jax.Array:
             block = lax.dynamic_slice_in_dim(flat_rows, at, size)
             product = lax.dot_general(_from_bits(block, dtype).astype(sum_dtype), matrix, contract)
             written = lax.dynamic_slice_in_dim(out, at, size)
@@ -71,7 +72,7 @@ def matmul_blocks(
             merged = jnp.where(mine, _as_bits(product.astype(dtype)), written)
             return lax.dynamic_update_slice_in_dim(out, merged, at, 0)
 
-        return _for_each_block(groups, group, len(flat_rows), _BLOCK, step, out)
+        return _for_each_block(groups, group, len(flat_rows), size, step, out)
 
     width = hidden if transpose else ffn_hidden
     # zeros_like, here and below, for the type's varying mesh axes: a loop's must not change.
@@ -95,10 +96,10 @@ def outer_blocks(
     ffn_hidden, dtype, sum_dtype = cotangent.shape[-1], rows.dtype, sum_dtype_of(rows)
     factors = [_as_bits(a.reshape(stack * capacity, a.shape[-1])) for a in (rows, cotangent)]
     groups = _lay_out(group_sizes, capacity)
-    block = _LONG_BLOCK if capacity >= _LONG_BLOCK * group_sizes.shape[1] else _BLOCK
+    size = _block_rows(capacity, group_sizes, _LONGEST_SUM)
 
     def visit(group: jax.Array, out: jax.Array) -> jax.Array:
-        def step(at: jax.Array, mine: jax.Array, size: int, total: jax.Array) -> jax.Array:
+        def step(at: jax.Array, mine: jax.Array, total: jax.Array) -> jax.Array:
             slices = [lax.dynamic_slice_in_dim(a, at, size) for a in factors]
             left, right = (
                 jnp.where(mine, _from_bits(factor, dtype).astype(sum_dtype), 0) for factor in slices
@@ -106,7 +107,7 @@ def outer_blocks(
             return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())))
 
         total = jnp.zeros_like(rows, shape=(hidden, ffn_hidden), dtype=sum_dtype)
-        total = _for_each_block(groups, group, stack * capacity, block, step, total)
+        total = _for_each_block(groups, group, stack * capacity, size, step, total)
         return lax.dynamic_update_index_in_dim(out, _as_bits(total.astype(dtype)), group, 0)
 
     out = jnp.zeros_like(factors[0], shape=(group_sizes.size, hidden, ffn_hidden))
@@ -125,6 +126,12 @@ def _lay_out(group_sizes: jax.Array, capacity: int) -> _Groups:
     return _Groups((base + starts).ravel(), (base + ends).ravel(), order, count)
 
 
+def _block_rows(capacity: int, group_sizes: jax.Array, longest: int) -> int:
+    """Returns a power of two near half of what a group may hold on average, within bounds."""
+    half_group = capacity // (2 * group_sizes.shape[1])
+    return min(capacity, max(_SHORTEST, min(longest, 1 << max(0, half_group.bit_length() - 1))))
+
+
 def _for_each_group(
     groups: _Groups, visit: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array
 ) -> jax.Array:
@@ -135,12 +142,11 @@ def _for_each_block(
     groups: _Groups,
     group: jax.Array,
     num_rows: int,
-    block: int,
-    step: Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array],
+    size: int,
+    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     carry: jax.Array,
 ) -> jax.Array:
     """Runs ``step`` with each block's first row and which of its rows are to be computed."""
-    size = min(block, num_rows)
     start, end = groups.starts[group], groups.ends[group]
 
     def body(i: jax.Array, carry: jax.Array) -> jax.Array:
@@ -149,7 +155,7 @@ def _for_each_block(
         at = jnp.minimum(first, num_rows - size)
         row = at + jnp.arange(size, dtype=jnp.int32)
         mine = ((row >= first) & (row < end))[:, None]
-        return step(at, mine, size, carry)
+        return step(at, mine, carry)
 
     return lax.fori_loop(0, -(-(end - start) // size), body, carry)
 

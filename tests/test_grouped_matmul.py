@@ -15,7 +15,7 @@ from jax_ep._row_blocks import matmul_blocks, outer_blocks
 
 HIDDEN, FFN_HIDDEN = 5, 3
 
-# capacity and group sizes that break things: blocks are 64 or 128 rows long.
+# capacity and group sizes that break things: blocks are 32 to 128 rows long.
 CASES = {
     "typical": (300, [70, 0, 3, 64, 100]),
     "capacity_exact": (237, [70, 0, 3, 64, 100]),
