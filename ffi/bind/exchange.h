@@ -3,6 +3,9 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -26,6 +29,9 @@ struct CallSite {
 MeetingPoint& ProcessMeetingPoint();
 
 Schedule ScheduleOn(ffi::ThreadPool& pool);
+
+// Tells XLA that a call has ended.
+void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 
 // Operands of an exchange: those of all ranks along a leading axis, or of one device's.
 // An Op has
@@ -61,33 +67,44 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   return ffi::Error::Success();
 }
 
-// Runs this device's part of an exchange with the other devices of the process.
+// A call of one device that waits for the other devices' ones.
 template <typename Op>
-ffi::Error ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPool pool,
-                           ffi::RemainingArgs operands, ffi::RemainingRets results,
-                           ffi::Dictionary attributes) {
+struct PendingCall {
+  typename Op::Args args;
+  ffi::Promise promise;
+};
+
+// Takes part in an exchange with the other devices of the process. Returns without
+// waiting for them: XLA goes on with what does not need the result.
+template <typename Op>
+ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPool pool,
+                            ffi::RemainingArgs operands, ffi::RemainingRets results,
+                            ffi::Dictionary attributes) {
+  const auto call = std::make_shared<PendingCall<Op>>();
+  ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
   const Whereabouts where = reader.whereabouts();
   const Op op(reader);
-  if (reader.failed()) return reader.error();
-  typename Op::Args args = op.At(0);
-  const Attendance attendance = {
+  if (reader.failed()) {
+    call->promise.SetError(reader.error());
+    return future;
+  }
+  call->args = op.At(0);
+  ProcessMeetingPoint().Attend({
       .key = {.run_id = run.run_id, .call_site = site->number, .group = *where.group},
       .print = {.op = op.name(), .dims = op.lent_dims(), .plan = *where.fingerprint},
       .rank = *where.rank,
       .num_ranks = static_cast<std::int32_t>(where.num_ranks),
       .lent = op.LentAt(0),
       .make_work =
-          [&args](const PeerTables& tables) {
-            Op::SetPeers(args, tables);
-            return Op::MakeWork(args);
+          [call](const PeerTables& tables) {
+            Op::SetPeers(call->args, tables);
+            return Op::MakeWork(call->args);
           },
+      .done = [call](const auto& failure) { Complete(call->promise, failure); },
       .schedule = ScheduleOn(pool),
-  };
-  if (const auto failure = ProcessMeetingPoint().Attend(attendance)) {
-    return {ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *failure};
-  }
-  return ffi::Error::Success();
+  });
+  return future;
 }
 
 }  // namespace jax_ep

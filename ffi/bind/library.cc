@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "bind/exchange.h"
@@ -22,6 +24,14 @@ MeetingPoint& ProcessMeetingPoint() {
 
 Schedule ScheduleOn(ffi::ThreadPool& pool) {
   return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
+}
+
+void Complete(ffi::Promise promise, const std::optional<std::string>& failure) {
+  if (failure) {
+    promise.SetError({ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *failure});
+  } else {
+    promise.SetAvailable();
+  }
 }
 
 namespace {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -13,6 +14,9 @@
 
 namespace jax_ep {
 namespace {
+
+// The steady clock cannot hold every number of seconds; a year is as good as for ever.
+constexpr std::chrono::duration<double> kLongest{3.15e7};
 
 // Failed meetings are remembered for ranks that come late. A rank that never comes
 // leaves one behind, so there is a limit to how many.
@@ -49,7 +53,8 @@ MeetingPoint::Meeting::Meeting(const Attendance& first)
       print(first.print),
       first_rank(first.rank),
       present(static_cast<std::size_t>(first.num_ranks)),
-      works(static_cast<std::size_t>(first.num_ranks)) {
+      works(static_cast<std::size_t>(first.num_ranks)),
+      done(static_cast<std::size_t>(first.num_ranks)) {
   for (auto& table : tables) table.resize(static_cast<std::size_t>(first.num_ranks));
 }
 
@@ -61,28 +66,52 @@ std::vector<std::int32_t> MeetingPoint::Meeting::Missing() const {
   return missing;
 }
 
+MeetingPoint::~MeetingPoint() {
+  {
+    const std::scoped_lock lock(mutex_);
+    stopping_ = true;
+  }
+  watch_changed_.notify_all();
+  if (watcher_.joinable()) watcher_.join();
+}
+
 std::chrono::duration<double> MeetingPoint::SetTimeout(
     std::chrono::duration<double> timeout) {
   const std::scoped_lock lock(mutex_);
   return std::exchange(timeout_, timeout);
 }
 
-std::optional<std::string> MeetingPoint::Attend(const Attendance& attendance) {
+void MeetingPoint::Attend(const Attendance& attendance) {
   std::unique_lock lock(mutex_);
   const std::shared_ptr<Meeting> meeting = Join(attendance);
-  Arrive(attendance, meeting);
-  AwaitPeers(attendance, *meeting, lock);
-  if (meeting->phase == Phase::kFailed) {
-    return std::string(attendance.print.op) + ": rank " +
-           std::to_string(attendance.rank) + " of " +
-           std::to_string(attendance.num_ranks) + " gave up, because " +
-           meeting->failure;
+  Register(attendance, *meeting);
+  std::vector<Notice> notices;
+  if (meeting->failure) {
+    notices = Fail(*meeting, *meeting->failure);
+  } else if (!(meeting->print == attendance.print)) {
+    notices = Fail(*meeting, "rank " + std::to_string(meeting->first_rank) +
+                                 " called " + Describe(meeting->print) + " and rank " +
+                                 std::to_string(attendance.rank) + " called " +
+                                 Describe(attendance.print));
   }
-  lock.unlock();
-  Help(*meeting);
-  lock.lock();
-  meeting->changed.wait(lock, [&] { return meeting->phase == Phase::kDone; });
-  return std::nullopt;
+  const bool is_last = meeting->IsComplete();
+  const bool failed = meeting->failure.has_value();
+  if (is_last) Forget(*meeting);
+  if (!is_last && !failed) WatchUntil(meeting->deadline);
+  lock.unlock();  // from here on, only the last rank may look at the meeting
+
+  for (Notice& notice : notices) {
+    attendance.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
+  }
+  if (failed || !is_last) return;
+  RunTogether(std::move(meeting->works), attendance.schedule);
+  // What a rank does next may wait for its peers: each is told on a thread of its own.
+  for (std::size_t rank = 0; rank < meeting->done.size(); ++rank) {
+    if (rank == static_cast<std::size_t>(attendance.rank)) continue;
+    attendance.schedule(
+        [done = std::move(meeting->done[rank])] { done(std::nullopt); });
+  }
+  attendance.done(std::nullopt);
 }
 
 // The oldest meeting of this key that the rank has not been to: in a loop, each rank
@@ -95,89 +124,49 @@ std::shared_ptr<MeetingPoint::Meeting> MeetingPoint::Join(
     if (meeting->key == attendance.key && !meeting->present[rank]) return meeting;
   }
   auto meeting = std::make_shared<Meeting>(attendance);
+  meeting->timeout = timeout_;
+  meeting->deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                         std::min(timeout_, kLongest));
   open_.push_back(meeting);
   if (open_.size() > kMaxOpen) {
     const auto failed = std::ranges::find_if(
-        open_, [](const auto& m) { return m->phase == Phase::kFailed; });
+        open_, [](const auto& m) { return m->failure.has_value(); });
     if (failed != open_.end()) open_.erase(failed);
   }
   return meeting;
 }
 
-void MeetingPoint::Arrive(const Attendance& attendance,
-                          const std::shared_ptr<Meeting>& meeting) {
+void MeetingPoint::Register(const Attendance& attendance, Meeting& meeting) {
   const auto rank = static_cast<std::size_t>(attendance.rank);
-  meeting->present[rank] = true;
-  ++meeting->num_present;
-  const bool complete = meeting->num_present == attendance.num_ranks;
-  if (meeting->phase == Phase::kGathering && !(meeting->print == attendance.print)) {
-    Fail(*meeting, "rank " + std::to_string(meeting->first_rank) + " called " +
-                       Describe(meeting->print) + " and rank " +
-                       std::to_string(attendance.rank) + " called " +
-                       Describe(attendance.print));
+  meeting.present[rank] = true;
+  ++meeting.num_present;
+  PeerTables tables;
+  for (std::size_t i = 0; i < tables.size(); ++i) {
+    meeting.tables[i][rank] = attendance.lent[i];
+    tables[i] = meeting.tables[i].data();
   }
-  if (meeting->phase == Phase::kGathering) {
-    PeerTables tables;
-    for (std::size_t i = 0; i < tables.size(); ++i) {
-      meeting->tables[i][rank] = attendance.lent[i];
-      tables[i] = meeting->tables[i].data();
-    }
-    meeting->works[rank] = attendance.make_work(tables);
-    if (complete) StartWork(attendance, meeting);
-  }
-  if (complete) Forget(*meeting);
+  meeting.works[rank] = attendance.make_work(tables);
+  meeting.done[rank] = attendance.done;
 }
 
-// Wakes as many of the waiting ranks as there are cores to work on, and asks for
-// helpers where there are more cores than ranks. The others sleep until the work has
-// ended.
-void MeetingPoint::StartWork(const Attendance& attendance,
-                             const std::shared_ptr<Meeting>& meeting) {
-  meeting->share.emplace(std::move(meeting->works));
-  meeting->phase = meeting->share->num_chunks() == 0 ? Phase::kDone : Phase::kWorking;
-  const std::int64_t threads = UsefulThreads(meeting->share->num_chunks());
-  if (meeting->phase == Phase::kDone) meeting->changed.notify_all();
-  for (std::int64_t i = 1; i < std::min<std::int64_t>(threads, attendance.num_ranks);
-       ++i) {
-    meeting->changed.notify_one();
-  }
-  for (std::int64_t i = attendance.num_ranks; i < threads; ++i) {
-    attendance.schedule([this, meeting] { Help(*meeting); });
-  }
-}
-
-void MeetingPoint::AwaitPeers(const Attendance& attendance, Meeting& meeting,
-                              std::unique_lock<std::mutex>& lock) {
-  const std::chrono::duration<double> timeout = timeout_;
-  // steady_clock cannot hold every finite number of seconds; a year is as good.
-  const auto bounded = std::min(timeout, std::chrono::duration<double>(3.15e7));
-  const auto deadline =
-      std::chrono::steady_clock::now() +
-      std::chrono::duration_cast<std::chrono::steady_clock::duration>(bounded);
-  const auto gathered = [&] { return meeting.phase != Phase::kGathering; };
-  if (meeting.changed.wait_until(lock, deadline, gathered)) return;
-  std::string failure = "rank " + std::to_string(attendance.rank) + " waited " +
-                        Seconds(timeout) + " for " + Ranks(meeting.Missing()) +
-                        " to come";
-  for (const std::int32_t rank : meeting.Missing()) failure += WhereIs(meeting, rank);
-  Fail(meeting, std::move(failure));
-}
-
-void MeetingPoint::Fail(Meeting& meeting, std::string failure) {
-  meeting.phase = Phase::kFailed;
+// Returns whom to tell: all that came and have not been told.
+std::vector<MeetingPoint::Notice> MeetingPoint::Fail(Meeting& meeting,
+                                                     std::string failure) {
   meeting.failure = std::move(failure);
-  meeting.changed.notify_all();
+  std::vector<Notice> notices;
+  for (std::size_t rank = 0; rank < meeting.done.size(); ++rank) {
+    if (!meeting.done[rank]) continue;
+    notices.push_back({.done = std::exchange(meeting.done[rank], nullptr),
+                       .failure = std::string(meeting.print.op) + ": rank " +
+                                  std::to_string(rank) + " of " +
+                                  std::to_string(meeting.done.size()) +
+                                  " gave up, because " + *meeting.failure});
+  }
+  return notices;
 }
 
 void MeetingPoint::Forget(const Meeting& meeting) {
   std::erase_if(open_, [&](const auto& open) { return open.get() == &meeting; });
-}
-
-void MeetingPoint::Help(Meeting& meeting) {
-  if (!meeting.share->Drain()) return;
-  const std::scoped_lock lock(mutex_);
-  meeting.phase = Phase::kDone;
-  meeting.changed.notify_all();
 }
 
 // Says where a rank that is missed is waiting instead, if it is.
@@ -186,13 +175,67 @@ std::string MeetingPoint::WhereIs(const Meeting& meeting, std::int32_t rank) con
     const bool same_group = open->key.run_id == meeting.key.run_id &&
                             open->key.group == meeting.key.group &&
                             open->present.size() == meeting.present.size();
-    if (same_group && open.get() != &meeting && open->phase == Phase::kGathering &&
+    if (same_group && open.get() != &meeting && !open->failure &&
         open->present[static_cast<std::size_t>(rank)]) {
       return "; rank " + std::to_string(rank) + " waits in another call, " +
              Describe(open->print);
     }
   }
   return "";
+}
+
+// Sees to it that the watcher looks no later than at `deadline`. It is woken only if it
+// sleeps beyond that: about once per time-out, however many meetings there are.
+void MeetingPoint::WatchUntil(Clock::time_point deadline) {
+  if (!watcher_.joinable()) watcher_ = std::thread([this] { Watch(); });
+  if (deadline < watched_until_) {
+    watched_until_ = deadline;
+    watch_changed_.notify_all();
+  }
+}
+
+void MeetingPoint::Watch() {
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    const std::vector<Notice> notices = FailExpired();
+    if (!notices.empty()) {
+      lock.unlock();
+      for (const Notice& notice : notices) notice.done(notice.failure);
+      lock.lock();
+      continue;
+    }
+    watched_until_ = NextDeadline();
+    const Clock::time_point until = watched_until_;
+    const auto changed = [&] { return stopping_ || watched_until_ < until; };
+    if (until == Clock::time_point::max()) {
+      watch_changed_.wait(lock, changed);
+    } else {
+      watch_changed_.wait_until(lock, until, changed);
+    }
+  }
+}
+
+std::vector<MeetingPoint::Notice> MeetingPoint::FailExpired() {
+  std::vector<Notice> notices;
+  for (const auto& meeting : open_) {
+    if (meeting->failure || meeting->deadline > Clock::now()) continue;
+    std::string failure = "rank " + std::to_string(meeting->first_rank) + " waited " +
+                          Seconds(meeting->timeout) + " for " +
+                          Ranks(meeting->Missing()) + " to come";
+    for (const std::int32_t rank : meeting->Missing()) {
+      failure += WhereIs(*meeting, rank);
+    }
+    std::ranges::move(Fail(*meeting, std::move(failure)), std::back_inserter(notices));
+  }
+  return notices;
+}
+
+MeetingPoint::Clock::time_point MeetingPoint::NextDeadline() const {
+  Clock::time_point next = Clock::time_point::max();
+  for (const auto& meeting : open_) {
+    if (!meeting->failure) next = std::min(next, meeting->deadline);
+  }
+  return next;
 }
 
 }  // namespace jax_ep

@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/work.h"
@@ -41,6 +43,9 @@ using Lent = std::array<const void*, 2>;
 // For each lent buffer, a table of all ranks' ones.
 using PeerTables = std::array<const void* const*, 2>;
 
+// Takes what went wrong, or nothing when the exchange is done.
+using Done = std::function<void(const std::optional<std::string>& failure)>;
+
 // One rank's part in an exchange.
 struct Attendance {
   MeetingKey key;
@@ -49,62 +54,78 @@ struct Attendance {
   std::int32_t num_ranks;
   Lent lent;
   // Makes this rank's work. The tables fill up while ranks arrive and must only be read
-  // when the work runs.
+  // when the work runs. What the work refers to must live until `done` is called.
   std::function<Work(const PeerTables&)> make_work;
-  Schedule schedule;  // for helpers, where there are more cores than ranks
+  // Called once, from any thread. It may go on to run whatever the rank does next.
+  Done done;
+  // For helpers and for the peers' `done`; used only while Attend runs.
+  Schedule schedule;
 };
 
-// Where the device threads of one process meet. A rank arrives with its buffers, waits
-// until all its peers have, and the threads that are awake then share out the work of
-// all ranks. Nobody leaves before everybody's work has ended, so lent buffers stay
-// valid while they are read. Waiting for peers is bounded; after that only work that is
-// already running remains.
+// Where the device threads of one process meet. A rank that arrives leaves its buffers
+// and its work, and its thread goes on: a thread that waited here could be the one that
+// a peer needs to arrive. The last to arrive runs the work of all ranks, with helpers,
+// and has everybody told. So lent buffers stay valid while they are read, and no rank
+// is told before everybody's work has ended. If peers do not come in time, those that
+// came are told so by a thread that otherwise sleeps.
 class MeetingPoint {
  public:
   MeetingPoint() = default;
+  ~MeetingPoint();
   MeetingPoint(const MeetingPoint&) = delete;
   MeetingPoint& operator=(const MeetingPoint&) = delete;
 
-  // Returns nothing when the exchange is done, or what went wrong: then no rank's work
-  // has run or will.
-  std::optional<std::string> Attend(const Attendance& attendance);
+  // Takes part in an exchange. Returns at once, or, for the last rank, when the work
+  // has been run. On failure no rank's work has run or will.
+  void Attend(const Attendance& attendance);
 
-  // Sets how long a rank waits for its peers; returns the limit until now.
+  // Sets how long a rank waits for its peers, from now on; returns the limit until now.
   std::chrono::duration<double> SetTimeout(std::chrono::duration<double> timeout);
 
  private:
-  enum class Phase { kGathering, kWorking, kDone, kFailed };
+  using Clock = std::chrono::steady_clock;
 
   struct Meeting {
     explicit Meeting(const Attendance& first);
+    bool IsComplete() const { return num_present == present.size(); }
     std::vector<std::int32_t> Missing() const;
 
     MeetingKey key;
     CallPrint print;
     std::int32_t first_rank;
-    Phase phase = Phase::kGathering;
-    std::int32_t num_present = 0;
+    Clock::time_point deadline;
+    std::chrono::duration<double> timeout{};
+    std::size_t num_present = 0;
     std::vector<bool> present;
     std::array<std::vector<const void*>, 2> tables;
     std::vector<Work> works;
-    std::optional<WorkShare> share;
-    std::condition_variable changed;
+    std::vector<Done> done;
+    std::optional<std::string> failure;
+  };
+
+  // A call to make once the mutex is free.
+  struct Notice {
+    Done done;
     std::string failure;
   };
 
   std::shared_ptr<Meeting> Join(const Attendance& attendance);
-  void Arrive(const Attendance& attendance, const std::shared_ptr<Meeting>& meeting);
-  void StartWork(const Attendance& attendance, const std::shared_ptr<Meeting>& meeting);
-  void AwaitPeers(const Attendance& attendance, Meeting& meeting,
-                  std::unique_lock<std::mutex>& lock);
-  void Fail(Meeting& meeting, std::string failure);
+  void Register(const Attendance& attendance, Meeting& meeting);
+  std::vector<Notice> Fail(Meeting& meeting, std::string failure);
   void Forget(const Meeting& meeting);
-  void Help(Meeting& meeting);
   std::string WhereIs(const Meeting& meeting, std::int32_t rank) const;
+  void WatchUntil(Clock::time_point deadline);
+  void Watch();
+  std::vector<Notice> FailExpired();
+  Clock::time_point NextDeadline() const;
 
-  std::mutex mutex_;  // guards everything but WorkShare's own counters
+  std::mutex mutex_;                           // guards all below
   std::deque<std::shared_ptr<Meeting>> open_;  // gathering or failed, oldest first
   std::chrono::duration<double> timeout_{60.0};
+  std::thread watcher_;
+  Clock::time_point watched_until_ = Clock::time_point::max();
+  std::condition_variable watch_changed_;
+  bool stopping_ = false;
 };
 
 }  // namespace jax_ep
