@@ -150,6 +150,23 @@ def test_blocks_and_ragged_dot_agree(shared_weights):
         np.testing.assert_allclose(got, outer_blocks(rows, cotangent, sizes), rtol=1e-5, atol=1e-5)
 
 
+def test_ragged_dot_is_not_trusted_with_unused_rows(monkeypatch):
+    """What it does with rows of no group is not documented, and differs between platforms."""
+    honest = jax.lax.ragged_dot
+
+    def careless(rows, weights, group_sizes, **options):
+        used = jnp.arange(len(rows)) < jnp.sum(group_sizes)
+        poison = jnp.where(jnp.all(jnp.isfinite(rows)), 0.0, jnp.nan)
+        products = honest(jnp.nan_to_num(rows), weights, group_sizes, **options) + poison
+        return jnp.where(used[:, None], products, jnp.nan)
+
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    operands = arrays(*CASES["typical"])
+    rows, weights, _, sizes = operands
+    got = ragged_matmul(rows[None], weights[None], sizes[None], transpose=False)[0]
+    assert_all_close([got], expected(*operands)[:1])
+
+
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_inside_shard_map(explicit):
     """Weights replicated over ``data``: their gradient must be summed over it."""
