@@ -104,10 +104,10 @@ def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
     if axis_name is None:
         return "stacked", 1
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, tuple) or not names:
-        raise TypeError(
-            f"axis_name must be an axis name, a tuple of at least one, or None; got {axis_name!r}."
-        )
+    if not isinstance(names, tuple):
+        raise TypeError(f"axis_name must be a name, a tuple of names or None; got {axis_name!r}.")
+    if not names:
+        raise ValueError("axis_name must name an axis if it is a tuple; got ().")
     try:
         sizes = [jax.lax.axis_size(name) for name in names]
     except NameError as error:
