@@ -12,9 +12,14 @@
 namespace jax_ep {
 
 WorkShare::WorkShare(std::vector<Work> works) : works_(std::move(works)) {
-  starts_.reserve(works_.size() + 1);
-  starts_.push_back(0);
-  for (const Work& work : works_) starts_.push_back(starts_.back() + work.num_chunks);
+  std::int64_t total = 0;
+  for (const Work& work : works_) total += work.num_chunks;
+  order_.reserve(static_cast<std::size_t>(total));
+  for (std::int64_t chunk = 0; num_chunks() < total; ++chunk) {
+    for (std::size_t i = 0; i < works_.size(); ++i) {
+      if (chunk < works_[i].num_chunks) order_.push_back({.work = i, .chunk = chunk});
+    }
+  }
 }
 
 bool WorkShare::Drain() {
@@ -24,7 +29,8 @@ bool WorkShare::Drain() {
     // Relaxed: taking a chunk orders nothing, the works were published before.
     const std::int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
     if (chunk >= num_chunks()) break;
-    RunChunk(chunk);
+    const Item item = order_[static_cast<std::size_t>(chunk)];
+    works_[item.work].run(works_[item.work].args, item.chunk);
     // Releases this chunk's writes; whoever reads the full count acquires all of them.
     ended_last = ended_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks();
   }
@@ -38,13 +44,6 @@ void WorkShare::AwaitEnd() const {
     ended_.wait(ended, std::memory_order_acquire);
     ended = ended_.load(std::memory_order_acquire);
   }
-}
-
-void WorkShare::RunChunk(std::int64_t chunk) const {
-  const auto after = std::upper_bound(starts_.begin(), starts_.end(), chunk);
-  const auto index = static_cast<std::size_t>(after - starts_.begin() - 1);
-  const Work& work = works_[index];
-  work.run(work.args, chunk - starts_[index]);
 }
 
 void RunTogether(std::vector<Work> works, const Schedule& schedule) {

@@ -2,6 +2,7 @@
 #define JAX_EP_FFI_FABRIC_WORK_SHARE_H_
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -10,14 +11,16 @@
 
 namespace jax_ep {
 
-// Hands out the chunks of several ranks' works to whichever threads ask, each once.
+// Hands out the chunks of several ranks' works to whichever threads ask, each once: the
+// first of every work, then the second of every work, and so on. Ranks that read the
+// same tokens then do so at about the same time, while these are in the cache.
 // A rank with much to receive is helped by the others, and the number of threads at
 // work is that of those that ask, not of the ranks.
 class WorkShare {
  public:
   explicit WorkShare(std::vector<Work> works);
 
-  std::int64_t num_chunks() const { return starts_.back(); }
+  std::int64_t num_chunks() const { return static_cast<std::int64_t>(order_.size()); }
 
   // Runs chunks until none is left to take. Returns whether it ended the last one, in
   // which case all chunks' effects are visible to the caller.
@@ -28,10 +31,13 @@ class WorkShare {
   void AwaitEnd() const;
 
  private:
-  void RunChunk(std::int64_t chunk) const;
+  struct Item {
+    std::size_t work;
+    std::int64_t chunk;
+  };
 
   std::vector<Work> works_;
-  std::vector<std::int64_t> starts_;  // [works + 1], first chunk of each work
+  std::vector<Item> order_;
   std::atomic<std::int64_t> next_{0};
   std::atomic<std::int64_t> ended_{0};
 };
