@@ -73,14 +73,14 @@ def gather_rows(
     del rank
     choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
     choice = choice.at[plan._recv_row].set(plan._recv_choice, mode="drop")
+    bits = jax.lax.all_gather(_to_bits(x), layout.axis_name)
+    bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
+    rows = _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
     if weights is None:
-        # As bits: XLA may compute on floats even to move them, which changes some NaNs.
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(_take_tokens(layout, choice, bits), x.dtype)
+        return rows
     dtype = _sum_dtype(x)
     scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[:, None].astype(dtype)
-    rows = _take(scale, choice) * _take_tokens(layout, choice, x).astype(dtype)
-    return _mask(choice, rows).astype(x.dtype)
+    return _mask(choice, _take(scale, choice) * rows.astype(dtype)).astype(x.dtype)
 
 
 def reduce_rows(
@@ -186,14 +186,17 @@ def _swap_slices(layout: Layout, x: Array) -> Array:
     """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each."""
     if x.size == 0:  # JAX's batching of all_to_all has no room for empty slices.
         return x
-    return jax.lax.all_to_all(x, layout.axis_name, split_axis=0, concat_axis=0)
+    bits = jax.lax.all_to_all(_to_bits(x), layout.axis_name, split_axis=0, concat_axis=0)
+    return _from_bits(bits, x.dtype)
 
 
-def _take_tokens(layout: Layout, choice: Array, x: Array) -> Array:
-    """Takes each choice's token from whichever rank has it, zeros for ``DROPPED``."""
-    tokens = jax.lax.all_gather(x, layout.axis_name)
-    tokens = tokens.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
-    return _mask(choice, _take(tokens, choice // layout.num_topk))
+def _to_bits(x: Array) -> Array:
+    """Views numbers as integers: XLA may widen floats to move them, which changes some NaNs."""
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _from_bits(bits: Array, dtype: jnp.dtype) -> Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _take(values: Array, idx: Array) -> Array:
