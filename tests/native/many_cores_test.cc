@@ -1,0 +1,96 @@
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "fabric/meeting.h"
+#include "fabric/work_share.h"
+#include "meeting_calls.h"
+#include "threads.h"
+
+// Takes the place of the standard library's in this program, so that what is done where
+// there are more cores than ranks is tested on any machine.
+unsigned int std::thread::hardware_concurrency() noexcept { return 8; }
+
+namespace jax_ep {
+namespace {
+
+EP_TEST(ThreadsAreAtMostCoresAndChunks) {
+  EP_CHECK_EQ(UsefulThreads(0), 0);
+  EP_CHECK_EQ(UsefulThreads(3), 3);
+  EP_CHECK_EQ(UsefulThreads(8), 8);
+  EP_CHECK_EQ(UsefulThreads(1000), 8);
+}
+
+// Returns how many tasks a meeting of `num_ranks` with so many chunks schedules.
+std::int64_t TasksFor(std::int32_t num_ranks, std::int64_t chunks_per_rank) {
+  MeetingPoint point;
+  HelperThreads helpers;
+  OnThreads(num_ranks, [&](std::int64_t rank) {
+    const Call call = {.rank = static_cast<std::int32_t>(rank),
+                       .num_ranks = num_ranks,
+                       .num_chunks = chunks_per_rank};
+    CheckWorked(call, PendingCall(point, call, helpers.schedule()).Wait());
+  });
+  return helpers.num_scheduled();
+}
+
+// A task per helper, and one to tell each rank but the last.
+EP_TEST(MeetingsScheduleNoMoreThanTheyNeed) {
+  EP_CHECK_EQ(TasksFor(1, 100), 7);
+  EP_CHECK_EQ(TasksFor(3, 100), 7 + 2);
+  EP_CHECK_EQ(TasksFor(3, 1), 2 + 2);
+  EP_CHECK_EQ(TasksFor(12, 100), 7 + 11);
+  EP_CHECK_EQ(TasksFor(4, 0), 3);
+}
+
+void Repeat(MeetingPoint& point, Call call, std::int64_t turns,
+            const Schedule& schedule) {
+  std::mt19937_64 rng(static_cast<std::uint64_t>(call.rank));
+  for (call.turn = 0; call.turn < turns; ++call.turn) {
+    call.num_chunks = static_cast<std::int64_t>(rng() % 20);
+    Dawdle(rng);
+    CheckWorked(call, PendingCall(point, call, schedule).Wait());
+  }
+}
+
+// Some helpers come when the exchange that they were meant for is long over.
+EP_TEST(RanksMeetWithHelpersThatComeAtAnyTime) {
+  for (const std::int32_t num_ranks : {1, 2, 5, 16}) {
+    MeetingPoint point;
+    HelperThreads helpers;
+    OnThreads(num_ranks, [&](std::int64_t rank) {
+      const Call call = {.rank = static_cast<std::int32_t>(rank),
+                         .num_ranks = num_ranks};
+      Repeat(point, call, 200, helpers.schedule());
+    });
+  }
+}
+
+// A full thread pool runs what it is given on the thread that gives it.
+EP_TEST(HelpersMayRunWhereTheyAreScheduled) {
+  MeetingPoint point;
+  OnThreads(3, [&](std::int64_t rank) {
+    const Call call = {.rank = static_cast<std::int32_t>(rank), .num_ranks = 3};
+    Repeat(point, call, 100, AtOnce);
+  });
+}
+
+EP_TEST(RunTogetherAsksForAThreadPerCore) {
+  std::vector<int> runs(100);
+  const auto run = [](const void* args, std::int64_t chunk) {
+    auto& counts = *static_cast<std::vector<int>*>(const_cast<void*>(args));
+    ++counts[static_cast<std::size_t>(chunk)];
+  };
+  HelperThreads helpers;
+  for (int i = 1; i <= 300; ++i) {
+    RunTogether({{.args = &runs, .run = run, .num_chunks = 100}}, helpers.schedule());
+    EP_CHECK_EQ(runs, std::vector<int>(100, i));
+    EP_CHECK_EQ(helpers.num_scheduled(), 7 * i);
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep

@@ -1,0 +1,261 @@
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "fabric/meeting.h"
+#include "meeting_calls.h"
+#include "threads.h"
+
+namespace jax_ep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::duration;
+
+constexpr duration<double> kShort{0.2};
+// A call that ends much sooner than this did not wait for it.
+constexpr duration<double> kLong{60};
+constexpr duration<double> kAtOnce{20};
+
+Call CallOf(std::int32_t rank, std::int32_t num_ranks) {
+  return {.rank = rank, .num_ranks = num_ranks, .num_chunks = 2};
+}
+
+// Makes the call and waits for its end.
+Outcome Make(MeetingPoint& point, const Call& call) {
+  return PendingCall(point, call, AtOnce).Wait();
+}
+
+// All ranks meet over and over, after whatever failed.
+void CheckGoesOn(MeetingPoint& point, std::int32_t num_ranks, std::int64_t run_id) {
+  HelperThreads helpers;
+  OnThreads(num_ranks, [&](std::int64_t rank) {
+    Call call = CallOf(static_cast<std::int32_t>(rank), num_ranks);
+    call.key.run_id = run_id;
+    for (call.turn = 0; call.turn < 5; ++call.turn) {
+      CheckWorked(call, PendingCall(point, call, helpers.schedule()).Wait());
+    }
+  });
+}
+
+EP_TEST(ThosePresentFailWhenOthersNeverCome) {
+  MeetingPoint point;
+  point.SetTimeout(kShort);
+  const auto start = Clock::now();
+  OnThreads(5, [&](std::int64_t thread) {
+    const auto rank = static_cast<std::int32_t>(thread);
+    if (rank == 2 || rank == 4) return;
+    const Outcome outcome = Make(point, CallOf(rank, 5));
+    CheckFailed(outcome, {"dispatch: rank " + Show(rank) + " of 5 gave up",
+                          " waited 0.2 s for ranks 2, 4 to come"});
+  });
+  EP_CHECK(Clock::now() - start >= kShort);
+  EP_CHECK(Clock::now() - start < kAtOnce);
+  CheckGoesOn(point, 5, 2);
+}
+
+EP_TEST(LateRanksFailAtOnce) {
+  MeetingPoint point;
+  point.SetTimeout(kShort);
+  CheckFailed(Make(point, CallOf(1, 3)),
+              {"rank 1 of 3", "rank 1 waited 0.2 s for ranks 0, 2 to come"});
+  point.SetTimeout(kLong);
+  const auto start = Clock::now();
+  for (const std::int32_t rank : {2, 0}) {
+    CheckFailed(Make(point, CallOf(rank, 3)),
+                {"rank " + Show(rank) + " of 3 gave up",
+                 "rank 1 waited 0.2 s for ranks 0, 2 to come"});
+  }
+  EP_CHECK(Clock::now() - start < kAtOnce);
+  // All have been told: the same call starts afresh.
+  CheckGoesOn(point, 3, 1);
+}
+
+// A rank that goes on to the next turn before the late one has come to the failed one.
+EP_TEST(LateRankCatchesUp) {
+  MeetingPoint point;
+  point.SetTimeout(kShort);
+  CheckFailed(Make(point, CallOf(0, 2)), {"for rank 1 to come"});
+  point.SetTimeout(kLong);
+  const PendingCall next(point, CallOf(0, 2), AtOnce);
+  CheckFailed(Make(point, CallOf(1, 2)), {"rank 0 waited 0.2 s"});
+  EP_CHECK(!next.HasEnded());
+  CheckWorked(CallOf(1, 2), Make(point, CallOf(1, 2)));
+  CheckWorked(CallOf(0, 2), next.Wait());
+}
+
+// Time-outs of meetings that wait at the same time differ; each keeps its own.
+EP_TEST(EachMeetingKeepsItsTimeout) {
+  MeetingPoint point;
+  HelperThreads helpers;
+  std::vector<PendingCall> pending;
+  for (const double seconds : {60.0, 0.3, 0.1}) {
+    point.SetTimeout(duration<double>(seconds));
+    Call call = CallOf(0, 2);
+    call.key.call_site = static_cast<std::int64_t>(seconds * 10);
+    pending.emplace_back(point, call, helpers.schedule());
+  }
+  CheckFailed(pending[2].Wait(), {"rank 0 waited 0.1 s for rank 1 to come"});
+  EP_CHECK(!pending[1].HasEnded());
+  CheckFailed(pending[1].Wait(), {"rank 0 waited 0.3 s for rank 1 to come"});
+  EP_CHECK(!pending[0].HasEnded());
+}
+
+EP_TEST(ErrorSaysWhereTheMissingRankWaitsInstead) {
+  MeetingPoint point;
+  point.SetTimeout(kLong);
+  Call elsewhere = CallOf(1, 2);
+  elsewhere.key.call_site = 2;
+  elsewhere.print = {.op = "combine", .dims = {96, 512}, .plan = 11};
+  const PendingCall other(point, elsewhere, AtOnce);
+  point.SetTimeout(kShort);
+  CheckFailed(Make(point, CallOf(0, 2)),
+              {"for rank 1 to come; rank 1 waits in another call, combine of "
+               "[96 rows, 512 bytes] with plan fingerprint 11"});
+  // The other call was not hurt by it.
+  Call late = elsewhere;
+  late.rank = 0;
+  CheckWorked(late, Make(point, late));
+  CheckWorked(elsewhere, other.Wait());
+}
+
+// Nobody is said to wait elsewhere who waits in another run, group or mesh.
+EP_TEST(ErrorNamesNoUnrelatedCall) {
+  std::vector<Call> unrelated(3, CallOf(1, 2));
+  unrelated[0].key.run_id = 2;
+  unrelated[1].key.group = 1;
+  unrelated[2].key.call_site = 2;
+  unrelated[2].num_ranks = 3;
+  for (const Call& call : unrelated) {
+    MeetingPoint point;
+    point.SetTimeout(kLong);
+    const PendingCall other(point, call, AtOnce);
+    point.SetTimeout(kShort);
+    const Outcome outcome = Make(point, CallOf(0, 2));
+    CheckFailed(outcome, {"for rank 1 to come"});
+    EP_CHECK(outcome.failure.value_or("").find("another call") == std::string::npos);
+  }
+}
+
+void CheckMismatch(const CallPrint& print, const std::string& described) {
+  MeetingPoint point;
+  HelperThreads helpers;
+  const auto start = Clock::now();
+  const PendingCall first(point, CallOf(2, 4), helpers.schedule());
+  const PendingCall second(point, CallOf(0, 4), helpers.schedule());
+  Call other = CallOf(3, 4);
+  other.print = print;
+  const PendingCall third(point, other, helpers.schedule());
+  const PendingCall late(point, CallOf(1, 4), helpers.schedule());
+  for (const PendingCall& call : {first, second, third, late}) {
+    CheckFailed(call.Wait(),
+                {"because rank 2 called dispatch of [64 rows, 256 bytes] with plan "
+                 "fingerprint 7 and rank 3 called " +
+                 described});
+  }
+  EP_CHECK(Clock::now() - start < kAtOnce);
+  CheckGoesOn(point, 4, 1);
+}
+
+EP_TEST(RanksThatCallDifferentThingsAllFail) {
+  CheckMismatch({.op = "combine", .dims = {64, 256}, .plan = 7},
+                "combine of [64 rows, 256 bytes] with plan fingerprint 7");
+  CheckMismatch({.op = "dispatch", .dims = {65, 256}, .plan = 7},
+                "dispatch of [65 rows, 256 bytes] with plan fingerprint 7");
+  CheckMismatch({.op = "dispatch", .dims = {64, 255}, .plan = 7},
+                "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
+  CheckMismatch({.op = "dispatch", .dims = {64, 256}, .plan = 4000000000},
+                "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
+}
+
+// The last to come is the one that differs: nobody's work runs.
+EP_TEST(TheLastRanksMismatchIsNoticed) {
+  MeetingPoint point;
+  const PendingCall first(point, CallOf(0, 2), AtOnce);
+  Call other = CallOf(1, 2);
+  other.print.plan = 8;
+  const std::vector<std::string> parts = {"with plan fingerprint 8"};
+  CheckFailed(Make(point, other), parts);
+  CheckFailed(first.Wait(), parts);
+  CheckGoesOn(point, 2, 1);
+}
+
+// The same name at another address is the same op.
+EP_TEST(OpsAreComparedByName) {
+  MeetingPoint point;
+  const std::string name = "dispatch";
+  Call call = CallOf(1, 2);
+  call.print.op = name.c_str();
+  const PendingCall first(point, CallOf(0, 2), AtOnce);
+  CheckWorked(call, Make(point, call));
+  CheckWorked(CallOf(0, 2), first.Wait());
+}
+
+// The last rank comes about when the others' time is up: all of them do it, or none.
+EP_TEST(RanksAgreeOnWhetherTheLastCameInTime) {
+  constexpr std::int32_t kRanks = 4;
+  MeetingPoint point;
+  HelperThreads helpers;
+  point.SetTimeout(std::chrono::milliseconds(3));
+  for (std::int64_t run = 0; run < 150; ++run) {
+    std::vector<Outcome> outcomes(kRanks);
+    const auto call_of = [&](std::int64_t rank) {
+      Call call = CallOf(static_cast<std::int32_t>(rank), kRanks);
+      call.key.run_id = run;
+      return call;
+    };
+    OnThreads(kRanks, [&](std::int64_t rank) {
+      std::mt19937_64 rng(static_cast<std::uint64_t>(run * kRanks + rank));
+      if (rank == run % kRanks) {
+        std::this_thread::sleep_for(std::chrono::microseconds(2500 + rng() % 1000));
+      }
+      outcomes[static_cast<std::size_t>(rank)] =
+          PendingCall(point, call_of(rank), helpers.schedule()).Wait();
+    });
+    const bool failed = outcomes[0].failure.has_value();
+    for (std::int32_t rank = 0; rank < kRanks; ++rank) {
+      const Outcome& outcome = outcomes[static_cast<std::size_t>(rank)];
+      if (failed) {
+        CheckFailed(outcome, {" waited 0.0 s for rank"});
+      } else {
+        CheckWorked(call_of(rank), outcome);
+      }
+    }
+  }
+}
+
+// Failures are kept for late ranks, but not those of ages ago.
+EP_TEST(OldFailuresAreForgotten) {
+  constexpr std::int64_t kFailures = 4200;
+  MeetingPoint point;
+  point.SetTimeout(duration<double>(0));
+  Call call = CallOf(0, 2);
+  for (call.key.run_id = 0; call.key.run_id < kFailures; ++call.key.run_id) {
+    CheckFailed(Make(point, call), {"rank 0 waited 0.0 s for rank 1"});
+  }
+  call.rank = 1;
+  call.key.run_id = kFailures - 1;
+  CheckFailed(Make(point, call), {"rank 0 waited 0.0 s for rank 1"});
+  call.key.run_id = 0;
+  CheckFailed(Make(point, call), {"rank 1 waited 0.0 s for rank 0"});
+}
+
+// A program that ends while ranks still wait does not wait for them.
+EP_TEST(PointMayGoWhileRanksWait) {
+  const auto start = Clock::now();
+  {
+    MeetingPoint point;
+    const PendingCall pending(point, CallOf(0, 2), AtOnce);
+    EP_CHECK(!pending.HasEnded());
+  }
+  EP_CHECK(Clock::now() - start < kAtOnce);
+}
+
+}  // namespace
+}  // namespace jax_ep

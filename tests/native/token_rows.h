@@ -1,0 +1,59 @@
+#ifndef JAX_EP_TESTS_NATIVE_TOKEN_ROWS_H_
+#define JAX_EP_TESTS_NATIVE_TOKEN_ROWS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "common/plan.h"
+#include "numbers.h"
+#include "plan_reference.h"
+
+namespace jax_ep {
+
+// What one rank's tokens need of all ranks' rows: random numbers in the rows that its
+// choices name, NaN in all others.
+struct TokenRows {
+  TokenRows(const Geometry& g, Routing routing, DType dtype, std::int64_t size,
+            std::mt19937_64& rng)
+      : geometry(g), hidden(size) {
+    const auto choices = RandomChoices(geometry, routing, rng);
+    const std::int64_t own = rank * geometry.choices_per_rank();
+    topk_idx.assign(choices.begin() + own,
+                    choices.begin() + own + geometry.choices_per_rank());
+    send_row = ReferencePlans(geometry, choices)[rank].send_row;
+    const auto num_ranks = static_cast<std::size_t>(geometry.num_ranks);
+    rows.assign(num_ranks, Numbers(dtype, geometry.capacity * hidden));
+    for (Numbers& numbers : rows) {
+      numbers.Fill(std::numeric_limits<double>::quiet_NaN());
+      table.push_back(numbers.at(0));
+    }
+    Numbers row(dtype, hidden);
+    for (std::size_t choice = 0; choice < send_row.size(); ++choice) {
+      if (send_row[choice] == kDropped) continue;
+      row.FillRandomly(rng);
+      for (std::int64_t h = 0; h < hidden; ++h) {
+        rows[RankOf(choice)].Set(RowStart(choice) + h, row[h]);
+      }
+    }
+  }
+
+  std::size_t RankOf(std::size_t choice) const {
+    return static_cast<std::size_t>(topk_idx[choice] / geometry.num_local_experts);
+  }
+  std::int64_t RowStart(std::size_t choice) const { return send_row[choice] * hidden; }
+
+  static constexpr std::int64_t rank = 1;  // NOLINT(readability-identifier-naming)
+  Geometry geometry;
+  std::int64_t hidden;
+  std::vector<std::int32_t> topk_idx;
+  std::vector<std::int32_t> send_row;
+  std::vector<Numbers> rows;
+  std::vector<const void*> table;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_TESTS_NATIVE_TOKEN_ROWS_H_
