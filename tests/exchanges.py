@@ -75,7 +75,7 @@ def program(row: Row, shape: Shape, dtype: np.dtype) -> Callable[..., Any]:
             "dweights": dweights,
             "plain": plain,
             "plain_drows": pull_plain(dout)[0],
-            # XLA rejects a shard_map that uses none of its operands, as this would be without tokens.
+            # XLA rejects a shard_map that uses none of its operands, as this one without tokens.
             "operand": rows,
         }
 

@@ -59,7 +59,9 @@ def digest(program, inputs: list[tuple[np.ndarray, ...]]) -> str:
 def test_one_hash(implementation: str) -> None:
     """Twenty runs of a hundred routings, in ``shard_map`` and under ``vmap``."""
     # As it is used: with all of the compiler's optimizations.
-    options = {"xla_backend_optimization_level": 3}
+    options: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+    if jax.__version_info__ < (0, 11):
+        options["xla_cpu_use_fusion_emitters"] = True
     inputs = routings()
     hashes = {}
     for row in ROWS:

@@ -273,11 +273,13 @@ def test_one_jitted_layer_called_twice(ranks_row: Row) -> None:
         close(program(problem.x, other, *rest), want)
 
 
-def test_eight_independent_exchanges_in_one_program(ranks_row: Row) -> None:
+def test_independent_exchanges_in_one_program(ranks_row: Row) -> None:
     problem = Problem.of(26)
     rest = problem.args[1:]
     kept = SHAPE.plan(problem.topk_idx).kept
-    xs = [(i + 1) * problem.x for i in range(8)]
+    # Where collectives of XLA's own take turns, three show all there is to show.
+    count = 8 if ranks_row.implementation == "native" else 3
+    xs = [(i + 1) * problem.x for i in range(count)]
     f = functools.partial(layer, ranks_row.make_plan)
     program = ranks_row.jit(lambda xs, *args: [f(x, *args) for x in xs], R)
     want = [dense(x, *rest, kept) for x in xs]
