@@ -99,7 +99,10 @@ def reduce_rows(
         weights = jax.lax.all_gather(weights, layout.axis_name)
     for k in range(layout.num_topk):
         picked = _pick(rows, row[:, :, k]).astype(dtype)
-        partial += picked if weights is None else weights[:, :, k, None].astype(dtype) * picked
+        if weights is not None:
+            # The product too: the weight of a choice without a row may be NaN.
+            picked = _mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
+        partial += picked
     partial = partial.astype(rows.dtype)
     partial = _swap_slices(layout, partial)
     total, _ = jax.lax.scan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import strategies
-from exchanges import Answers, answers, every_case, make_plan, same_bits, same_sums
+from exchanges import Answers, Inputs, answers, every_case, make_plan, run, same_bits, same_sums
 from implementations import Row
 from strategies import BASE, TIGHT, Case
 
@@ -42,6 +44,21 @@ def test_weights_get_dot_products(row: Row, case: Case) -> None:
 def test_dropped_choices_get_no_gradient(row: Row, case: Case) -> None:
     result = answers(row, case)
     assert (result.got["dweights"][~result.plan.kept] == 0).all()
+
+
+def test_dropped_choices_take_no_part_whatever_they_hold(ranks_row: Row) -> None:
+    """A padding token's weights may be 0 / 0, and so may the cotangent of its result."""
+    topk_idx = strategies.distinct(TIGHT)
+    kept = TIGHT.plan(topk_idx).kept
+    inputs = Inputs.of(TIGHT, topk_idx, np.dtype(np.float32))
+    weights = np.where(kept, inputs.weights, np.nan).astype(np.float32)
+    want = run(ranks_row, TIGHT, inputs)
+    got = run(ranks_row, TIGHT, dataclasses.replace(inputs, weights=weights))
+    for name in ("out", "drows", "dweights"):
+        same_bits(got[name], want[name], name)
+    dout = np.full_like(inputs.dout, np.nan)
+    got = run(ranks_row, TIGHT, dataclasses.replace(inputs, dout=dout))
+    assert (got["dweights"][~kept] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
@@ -135,3 +152,22 @@ def test_whole_layer_against_the_dense_formula(ranks_row: Row) -> None:
     np.testing.assert_allclose(dx, total * 3 * x**2 * dout, rtol=1e-5, atol=1e-5)
     dots = (x**3 * dout).sum(axis=2, keepdims=True)
     np.testing.assert_allclose(dweights, np.where(kept, dots, 0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_are_kept_for_the_weights_alone(implementation: str, weighted: bool) -> None:
+    """Without weights the gradient needs no rows: what the experts wrote may be freed."""
+    plan = jax.eval_shape(
+        lambda idx: jax_ep.make_plan(
+            idx, num_experts=8, capacity=31, implementation=implementation
+        ),
+        np.zeros((6, 3), np.int32),
+    )
+    weights = np.ones((6, 3), np.float32) if weighted else None
+    rows = jax.ShapeDtypeStruct((31, 7), np.float32)
+
+    def pull(rows, plan):
+        return jax.vjp(lambda r: jax_ep.combine(r, plan, weights), rows)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(pull, rows, plan))
+    assert (rows.shape in [leaf.shape for leaf in residuals]) == weighted
