@@ -10,6 +10,11 @@
 #include "cpu/row_math.h"
 
 namespace jax_ep {
+namespace {
+
+constexpr std::int64_t kMaxCalls = 32;
+
+}  // namespace
 
 WorkShare::WorkShare(std::vector<Work> works) : works_(std::move(works)) {
   std::int64_t total = 0;
@@ -22,8 +27,9 @@ WorkShare::WorkShare(std::vector<Work> works) : works_(std::move(works)) {
   }
 }
 
-bool WorkShare::Drain() {
+bool WorkShare::Drain(const std::function<void()>& after_chunk) {
   const ScopedIeee ieee;
+  threads_.fetch_add(1, std::memory_order_relaxed);
   bool ended_last = false;
   for (;;) {
     // Relaxed: taking a chunk orders nothing, the works were published before.
@@ -33,6 +39,7 @@ bool WorkShare::Drain() {
     works_[item.work].run(works_[item.work].args, item.chunk);
     // Releases this chunk's writes; whoever reads the full count acquires all of them.
     ended_last = ended_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks();
+    after_chunk();
   }
   if (ended_last) ended_.notify_all();
   return ended_last;
@@ -49,10 +56,15 @@ void WorkShare::AwaitEnd() const {
 void RunTogether(std::vector<Work> works, const Schedule& schedule) {
   // Helpers may be run after this has returned: they find nothing left to take.
   const auto share = std::make_shared<WorkShare>(std::move(works));
-  for (std::int64_t i = 1; i < UsefulThreads(share->num_chunks()); ++i) {
-    schedule([share] { share->Drain(); });
-  }
-  share->Drain();
+  const std::int64_t wanted = UsefulThreads(share->num_chunks());
+  const auto call_helper = [&] { schedule([share] { share->Drain(); }); };
+  for (std::int64_t i = 1; i < wanted; ++i) call_helper();
+  // A helper that the system has queued behind this very thread does not come while it
+  // works, though another core be idle: call again, and another thread is woken there.
+  std::int64_t calls_left = kMaxCalls;
+  share->Drain([&] {
+    if (share->num_threads() < wanted && calls_left-- > 0) call_helper();
+  });
   share->AwaitEnd();
 }
 

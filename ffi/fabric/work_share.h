@@ -22,9 +22,13 @@ class WorkShare {
 
   std::int64_t num_chunks() const { return static_cast<std::int64_t>(order_.size()); }
 
-  // Runs chunks until none is left to take. Returns whether it ended the last one, in
-  // which case all chunks' effects are visible to the caller.
-  bool Drain();
+  // Runs chunks until none is left to take, and after each one `after_chunk`. Returns
+  // whether it ended the last one, in which case all chunks' effects are visible to the
+  // caller.
+  bool Drain(const std::function<void()>& after_chunk = [] {});
+
+  // How many threads have begun to drain.
+  std::int64_t num_threads() const { return threads_.load(std::memory_order_relaxed); }
 
   // Returns when all chunks have ended. Only chunks that a thread is running are waited
   // for, if the caller has drained the rest.
@@ -38,6 +42,7 @@ class WorkShare {
 
   std::vector<Work> works_;
   std::vector<Item> order_;
+  std::atomic<std::int64_t> threads_{0};
   std::atomic<std::int64_t> next_{0};
   std::atomic<std::int64_t> ended_{0};
 };
