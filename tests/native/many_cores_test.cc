@@ -85,10 +85,10 @@ EP_TEST(RunTogetherAsksForAThreadPerCore) {
     ++counts[static_cast<std::size_t>(chunk)];
   };
   HelperThreads helpers;
-  for (int i = 1; i <= 300; ++i) {
+  for (std::int32_t i = 1; i <= 300; ++i) {
     RunTogether({{.args = &runs, .run = run, .num_chunks = 100}}, helpers.schedule());
     EP_CHECK_EQ(runs, std::vector<int>(100, i));
-    EP_CHECK_EQ(helpers.num_scheduled(), 7 * i);
+    EP_CHECK_EQ(helpers.num_scheduled(), std::int64_t{7} * i);
   }
 }
 

@@ -42,7 +42,7 @@ EP_TEST(RanksMeetOverAndOver) {
     OnThreads(num_ranks, [&, n = num_ranks, t = turns](std::int64_t rank) {
       const Call call = {.rank = static_cast<std::int32_t>(rank), .num_ranks = n};
       Repeat(point, call, t, helpers.schedule(),
-             static_cast<std::uint64_t>(rank + 100 * n));
+             static_cast<std::uint64_t>(rank) * 100 + static_cast<std::uint64_t>(n));
     });
   }
 }
@@ -53,7 +53,8 @@ EP_TEST(CallsInFlightDoNotMix) {
   constexpr std::int32_t kRanks = 4;
   MeetingPoint point;
   HelperThreads helpers;
-  OnThreads(2 * 2 * 3 * kRanks, [&](std::int64_t thread) {
+  constexpr std::int64_t kThreads = std::int64_t{2} * 2 * 3 * kRanks;
+  OnThreads(kThreads, [&](std::int64_t thread) {
     const Call call = {
         .key = {.run_id = thread / kRanks / 6,
                 .call_site = thread / kRanks % 3,
@@ -93,7 +94,7 @@ EP_TEST(RepeatedRanksMeetInFullGroups) {
   constexpr std::int32_t kRanks = 4;
   MeetingPoint point;
   HelperThreads helpers;
-  OnThreads(2 * kRanks, [&](std::int64_t thread) {
+  OnThreads(std::int64_t{2} * kRanks, [&](std::int64_t thread) {
     std::mt19937_64 rng(static_cast<std::uint64_t>(thread));
     const Call call = {.rank = static_cast<std::int32_t>(thread % kRanks),
                        .num_ranks = kRanks};

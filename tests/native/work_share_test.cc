@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -89,6 +90,28 @@ EP_TEST(AwaitEndSeesAllChunks) {
       }
     });
   }
+}
+
+// Ranks that read the same tokens do so at about the same time.
+EP_TEST(WorksTakeTurns) {
+  struct Log {
+    char name;
+    std::string* text;
+  };
+  std::string text;
+  const Log logs[] = {{'a', &text}, {'b', &text}, {'c', &text}, {'d', &text}};
+  const auto run = [](const void* args, std::int64_t chunk) {
+    const Log& log = *static_cast<const Log*>(args);
+    *log.text += log.name + std::to_string(chunk) + " ";
+  };
+  std::vector<Work> works;
+  for (const std::int64_t num_chunks : {2, 0, 3, 1}) {
+    works.push_back(
+        {.args = &logs[works.size()], .run = run, .num_chunks = num_chunks});
+  }
+  WorkShare share(works);
+  EP_CHECK(share.Drain());
+  EP_CHECK_EQ(text, "a0 c0 d0 a1 c1 c2 ");
 }
 
 EP_TEST(RunTogetherNeedsNoHelper) {
