@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::int64_t kHugePageBytes = 2 * 1024 * 1024;
 constexpr std::int64_t kPrepareFromBytes = 16 * 1024 * 1024;
-constexpr std::int64_t kStreamFromBytes = 16 * 1024 * 1024;
+constexpr std::int64_t kStreamFromBytes = 4 * 1024 * 1024;
 
 }  // namespace
 
