@@ -197,6 +197,19 @@ EP_TEST(TimeoutIsSetAndGivenBack) {
   EP_CHECK_EQ(point.SetTimeout(duration<double>(0.25)).count(), 2.5);
 }
 
+EP_TEST(TimeoutMayBeSetWhileRanksMeet) {
+  MeetingPoint point;
+  HelperThreads helpers;
+  OnThreads(3, [&](std::int64_t thread) {
+    if (thread == 2) {
+      for (int i = 0; i < 1000; ++i) point.SetTimeout(duration<double>(60 + i));
+      return;
+    }
+    const Call call = {.rank = static_cast<std::int32_t>(thread), .num_ranks = 2};
+    Repeat(point, call, 50, helpers.schedule(), static_cast<std::uint64_t>(thread));
+  });
+}
+
 // No clock holds such a time-out, and one rank alone waits for nobody.
 EP_TEST(ExtremeTimeoutsWork) {
   MeetingPoint point;
