@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 
 import jax
@@ -228,14 +229,16 @@ def without_library(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> l
         (copy / "libjax_ep_cpu.so").write_bytes(b"no library at all")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(WITHOUT_LIBRARY))
-    # Not isolated from this environment's packages, but the script's own folder comes first.
+    # With -S an editable install of the package does not come before the copy; the packages that
+    # it needs are found by their folder.
+    packages = sysconfig.get_path("purelib")
     child = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
+        [sys.executable, "-S", "-W", "error", str(script)],
         check=False,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), packages])},
     )
     assert child.returncode == 0, child.stderr
     return child.stdout.splitlines()
