@@ -80,8 +80,12 @@ std::uint32_t Fingerprint(const PlanArgs& args) {
   const std::int64_t count = args.num_ranks * args.choices_per_rank();
   std::uint64_t sum = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const auto position = static_cast<std::uint64_t>(i) * 0x9e3779b97f4a7c15ULL + 1;
-    sum += static_cast<std::uint64_t>(args.topk_idx[i] + 2) * (position | 1);
+    // Mixed by itself, as a sum of products would not tell one exchange of neighbours
+    // from another.
+    std::uint64_t choice = static_cast<std::uint64_t>(i) * 0x9e3779b97f4a7c15ULL +
+                           static_cast<std::uint64_t>(args.topk_idx[i] + 2);
+    choice = (choice ^ (choice >> 32)) * 0xff51afd7ed558ccdULL;
+    sum += choice ^ (choice >> 29);
   }
   sum ^= static_cast<std::uint64_t>(args.capacity) * 0xff51afd7ed558ccdULL;
   sum ^= static_cast<std::uint64_t>(args.alignment) * 0xc4ceb9fe1a85ec53ULL;
