@@ -1,3 +1,4 @@
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <random>
@@ -24,17 +25,29 @@ EP_TEST(ThreadsAreAtMostCoresAndChunks) {
   EP_CHECK_EQ(UsefulThreads(1000), 8);
 }
 
-// Returns how many tasks a meeting of `num_ranks` with so many chunks schedules.
+// Counts what it is given, and runs it there and then, or never.
+struct CountedTasks {
+  Schedule schedule(bool run) {
+    return [this, run](const std::function<void()>& task) {
+      ++count;
+      if (run) task();
+    };
+  }
+  std::int64_t count = 0;
+};
+
+// Returns how many tasks a meeting of `num_ranks` with so many chunks schedules when
+// its helpers come at once.
 std::int64_t TasksFor(std::int32_t num_ranks, std::int64_t chunks_per_rank) {
   MeetingPoint point;
-  HelperThreads helpers;
-  OnThreads(num_ranks, [&](std::int64_t rank) {
-    const Call call = {.rank = static_cast<std::int32_t>(rank),
-                       .num_ranks = num_ranks,
-                       .num_chunks = chunks_per_rank};
-    CheckWorked(call, PendingCall(point, call, helpers.schedule()).Wait());
-  });
-  return helpers.num_scheduled();
+  CountedTasks tasks;
+  for (std::int32_t rank = 0; rank < num_ranks; ++rank) {
+    const Call call = {
+        .rank = rank, .num_ranks = num_ranks, .num_chunks = chunks_per_rank};
+    const PendingCall pending(point, call, tasks.schedule(true));
+    if (rank == num_ranks - 1) CheckWorked(call, pending.Wait());
+  }
+  return tasks.count;
 }
 
 // A task per helper, and one to tell each rank but the last.
@@ -78,18 +91,34 @@ EP_TEST(HelpersMayRunWhereTheyAreScheduled) {
   });
 }
 
-EP_TEST(RunTogetherAsksForAThreadPerCore) {
-  std::vector<int> runs(100);
+// Work of which each chunk counts its runs.
+Work CountingWork(std::vector<int>& runs) {
   const auto run = [](const void* args, std::int64_t chunk) {
     auto& counts = *static_cast<std::vector<int>*>(const_cast<void*>(args));
     ++counts[static_cast<std::size_t>(chunk)];
   };
-  HelperThreads helpers;
-  for (std::int32_t i = 1; i <= 300; ++i) {
-    RunTogether({{.args = &runs, .run = run, .num_chunks = 100}}, helpers.schedule());
+  return {
+      .args = &runs, .run = run, .num_chunks = static_cast<std::int64_t>(runs.size())};
+}
+
+EP_TEST(RunTogetherHelpsItselfWithAThreadPerCore) {
+  std::vector<int> runs(100);
+  HelperThreads helpers(7);
+  for (int i = 1; i <= 300; ++i) {
+    RunTogether({CountingWork(runs)}, helpers.schedule());
     EP_CHECK_EQ(runs, std::vector<int>(100, i));
-    EP_CHECK_EQ(helpers.num_scheduled(), std::int64_t{7} * i);
   }
+  EP_CHECK(helpers.num_scheduled() >= std::int64_t{7} * 300);
+}
+
+// Helpers that do not come are called again, but not for ever.
+EP_TEST(MissingHelpersAreCalledAgainAFewTimes) {
+  std::vector<int> runs(10000);
+  CountedTasks tasks;
+  RunTogether({CountingWork(runs)}, tasks.schedule(false));
+  EP_CHECK_EQ(runs, std::vector<int>(runs.size(), 1));
+  EP_CHECK(tasks.count > 7);
+  EP_CHECK(tasks.count < 100);
 }
 
 }  // namespace

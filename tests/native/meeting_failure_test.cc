@@ -1,7 +1,10 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <functional>
+#include <latch>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -244,6 +247,34 @@ EP_TEST(OldFailuresAreForgotten) {
   CheckFailed(Make(point, call), {"rank 0 waited 0.0 s for rank 1"});
   call.key.run_id = 0;
   CheckFailed(Make(point, call), {"rank 1 waited 0.0 s for rank 0"});
+}
+
+// Whoever is told of a failure may make another call from there, and another.
+EP_TEST(CallsMayFollowAFailure) {
+  MeetingPoint point;
+  HelperThreads helpers;
+  point.SetTimeout(std::chrono::milliseconds(20));
+  const auto ended = std::make_shared<std::latch>(1);
+  Attend(point, CallOf(0, 2), helpers.schedule(), [&, ended](const Outcome& first) {
+    CheckFailed(first, {"for rank 1 to come"});
+    Call call = CallOf(0, 2);
+    call.key.run_id = 2;
+    Attend(point, call, helpers.schedule(), [ended](const Outcome& second) {
+      CheckFailed(second, {"for rank 1 to come"});
+      ended->count_down();
+    });
+  });
+  ended->wait();
+}
+
+// What has failed and is kept for late ranks costs nothing.
+EP_TEST(FailedMeetingsKeepNoCoreBusy) {
+  MeetingPoint point;
+  point.SetTimeout(std::chrono::milliseconds(10));
+  CheckFailed(Make(point, CallOf(0, 2)), {"for rank 1 to come"});
+  const std::clock_t before = std::clock();
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  EP_CHECK(std::clock() - before < CLOCKS_PER_SEC / 10);
 }
 
 // A program that ends while ranks still wait does not wait for them.
