@@ -27,8 +27,8 @@ def make_plan(
 ) -> Plan:
     """Plans where every choice of every rank goes.
 
-    Called by all ranks of the axis with their own ``topk_idx``; gathers those (an all-gather of
-    ``num_tokens * num_topk`` indices per rank) and computes the rest locally.
+    Called by all ranks of the axis with their own ``topk_idx``; each learns the
+    others' (``num_tokens * num_topk`` indices per rank), and the rest follows from these alone.
 
     Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``.
     Kept choices are laid out on the rank of their expert in the order (local expert, source rank,
@@ -95,7 +95,7 @@ def make_plan(
     routed = (topk_idx >= 0) & (topk_idx < num_experts)
     num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
     topk_idx = jnp.where(routed, topk_idx, DROPPED)
-    arrays = exchange("plan", layout, rank, topk_idx)
+    arrays = exchange("plan", layout, rank, group, topk_idx)
     return _assemble(layout, rank, group, topk_idx, num_invalid, arrays)
 
 

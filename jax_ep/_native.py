@@ -17,7 +17,6 @@ from jax_ep._layout import Layout
 from jax_ep._plan import Plan, PlanArrays
 
 _LIBRARY = "libjax_ep_cpu.so"
-_FABRIC_OPS = ("gather_rows", "reduce_rows", "row_dots")
 _register_lock = threading.Lock()
 
 
@@ -91,18 +90,16 @@ def stacked(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
 
 def devices(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
     """Runs ``op`` for the rank of this device, together with its peers' devices."""
-    if op == "plan":
-        (topk_idx,) = args
-        return plan(layout, rank, jax.lax.all_gather(topk_idx, layout.axis_name))
     return OPS[op](layout, rank, *args)
 
 
 def plan(
     layout: Layout,
     rank: Int32[Array, "*stack"],
-    topk_idx: Int32[Array, "num_ranks num_tokens num_topk"],
+    group: Int32[Array, "*stack"],
+    topk_idx: Int32[Array, "*stack num_tokens num_topk"],
 ) -> PlanArrays:
-    """Computes the plans of the given ranks from the choices of all ranks."""
+    """Computes each rank's plan from the choices of all ranks."""
     choices, capacity = (layout.num_tokens, layout.num_topk), (layout.capacity,)
     per_rank, local = (layout.num_ranks,), (layout.num_local_experts,)
     shapes = {
@@ -118,7 +115,10 @@ def plan(
         "fingerprint": ((), jnp.uint32),
     }
     types = [result_type(rank.shape + shape, dtype, topk_idx) for shape, dtype in shapes.values()]
-    arrays = _call("plan", types, layout, rank, topk_idx, alignment=layout.alignment)
+    no_plan_yet = jnp.zeros_like(rank, dtype=jnp.uint32)
+    arrays = _call(
+        "plan", types, layout, rank, group, no_plan_yet, topk_idx, alignment=layout.alignment
+    )
     return PlanArrays(**dict(zip(shapes, arrays, strict=True)))
 
 
@@ -191,11 +191,10 @@ OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "ro
 
 def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes: int) -> Any:
     _register()
-    target = f"jax_ep_{op}" if op == "plan" else f"jax_ep_{op}_{layout.fabric}"
     for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
         attributes[name] = getattr(layout, name)
     # A plain vmap around the ranks' own: independent exchanges, in turn.
-    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(f"jax_ep_{op}_{layout.fabric}", results, vmap_method="sequential")
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
 
 
@@ -257,8 +256,7 @@ def _register_once() -> None:
         },
         platform="cpu",
     )
-    jax.ffi.register_ffi_target("jax_ep_plan", capsule(library.jax_ep_plan), platform="cpu")
-    for op in _FABRIC_OPS:
+    for op in OPS:
         stacked_target = capsule(getattr(library, f"jax_ep_{op}_stacked"))
         jax.ffi.register_ffi_target(f"jax_ep_{op}_stacked", stacked_target, platform="cpu")
         stages = {

@@ -31,9 +31,13 @@ def devices(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
 
 
 def plan(
-    layout: Layout, rank: Int32[Array, ""], topk_idx: Int32[Array, "num_tokens num_topk"]
+    layout: Layout,
+    rank: Int32[Array, ""],
+    group: Int32[Array, ""],
+    topk_idx: Int32[Array, "num_tokens num_topk"],
 ) -> PlanArrays:
-    """Computes one rank's plan from the choices of all ranks."""
+    """Gathers the choices of all ranks and computes this rank's plan from them."""
+    del group  # Only the native rendezvous is told; collectives know their groups.
     wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
     wire = topk_idx.astype(wire_dtype)
     expert = jax.lax.all_gather(wire, layout.axis_name).astype(jnp.int32)

@@ -85,11 +85,26 @@ def test_a_rank_that_never_comes(op, absentees: list[int]) -> None:
     works(problem)
 
 
+def test_a_rank_that_never_plans() -> None:
+    problem = Problem.of(8)
+
+    def per_rank(topk_idx):
+        gone = jax.lax.axis_index("expert") == 1
+        nothing = jnp.zeros_like(make_plan(topk_idx).recv_counts)
+        return jax.lax.cond(gone, lambda: nothing, lambda: make_plan(topk_idx).recv_counts)
+
+    program = ROW.jit(per_rank, R).lower(problem.topk_idx).compile()
+    jax_ep.set_wait_timeout(WAIT)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"make_plan.* for rank 1 to come"):
+        jax.block_until_ready(program(problem.topk_idx))
+    works(problem)
+
+
 def test_it_goes_on_after_many_failures() -> None:
     problem = Problem.of(1)
     program = ROW.jit(absent(dispatch, [1]), R).lower(problem.x, problem.topk_idx).compile()
     works(problem)
-    jax_ep.set_wait_timeout(0.05)
+    jax_ep.set_wait_timeout(0.2)
     for _ in range(5):
         with pytest.raises(jax.errors.JaxRuntimeError, match="dispatch"):
             jax.block_until_ready(program(problem.x, problem.topk_idx))

@@ -37,10 +37,31 @@ void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 // An Op has
 //   explicit Op(CallReader&): reads and checks its own operands
 //   Args At(i): the i-th rank's arguments, but for its peers' tables
-//   Lent LentAt(i): the buffers that rank's peers read
-//   static void SetPeers(Args&, const PeerTables&)
-//   static Work MakeWork(const Args&)
-//   const char* name() and std::array<int64_t, 2> lent_dims(), for errors
+//   Lent LentAt(i, const Args&): what that rank's peers read, of its buffers or its
+//   Args static void SetPeers(Args&, const PeerTables&) static Work MakeWork(const
+//   Args&) const char* name() and std::array<int64_t, 2> lent_dims(), for errors
+
+// The arguments of ranks whose operands are stacked on one device.
+template <typename Op>
+class StackedRanks {
+ public:
+  StackedRanks(const Op& op, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) args_.push_back(op.At(i));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const Lent lent = op.LentAt(i, args_[static_cast<std::size_t>(i)]);
+      for (std::size_t j = 0; j < tables_.size(); ++j) tables_[j].push_back(lent[j]);
+    }
+    for (auto& args : args_) Op::SetPeers(args, {tables_[0].data(), tables_[1].data()});
+  }
+  StackedRanks(const StackedRanks&) = delete;
+  StackedRanks& operator=(const StackedRanks&) = delete;
+
+  const std::vector<typename Op::Args>& args() const { return args_; }
+
+ private:
+  std::array<std::vector<const void*>, 2> tables_;
+  std::vector<typename Op::Args> args_;
+};
 
 // Runs an exchange of ranks whose operands are stacked on one device.
 template <typename Op>
@@ -50,19 +71,10 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   const Whereabouts where = reader.whereabouts();
   const Op op(reader);
   if (reader.failed()) return reader.error();
-  std::array<std::vector<const void*>, 2> tables;
-  for (std::int64_t i = 0; i < where.num_stacked; ++i) {
-    const Lent lent = op.LentAt(i);
-    for (std::size_t j = 0; j < tables.size(); ++j) tables[j].push_back(lent[j]);
-  }
-  std::vector<typename Op::Args> args;
-  for (std::int64_t i = 0; i < where.num_stacked; ++i) {
-    args.push_back(op.At(i));
-    Op::SetPeers(args.back(), {tables[0].data(), tables[1].data()});
-  }
+  const StackedRanks<Op> ranks(op, where.num_stacked);
   std::vector<Work> works;
-  works.reserve(args.size());
-  for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
+  works.reserve(ranks.args().size());
+  for (const auto& args : ranks.args()) works.push_back(Op::MakeWork(args));
   RunTogether(std::move(works), ScheduleOn(pool));
   return ffi::Error::Success();
 }
@@ -95,7 +107,7 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
       .print = {.op = op.name(), .dims = op.lent_dims(), .plan = *where.fingerprint},
       .rank = *where.rank,
       .num_ranks = static_cast<std::int32_t>(where.num_ranks),
-      .lent = op.LentAt(0),
+      .lent = op.LentAt(0, call->args),
       .make_work =
           [call](const PeerTables& tables) {
             Op::SetPeers(call->args, tables);
@@ -109,9 +121,10 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
 
 }  // namespace jax_ep
 
-// Defines an op's two handlers: jax_ep_NAME_stacked and jax_ep_NAME_devices.
-#define EP_DEFINE_EXCHANGE(name, Op)                                                  \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked, jax_ep::ExchangeStacked<Op>, \
+// Defines an op's two handlers: jax_ep_NAME_stacked, which is `Stacked`, and
+// jax_ep_NAME_devices.
+#define EP_DEFINE_EXCHANGE(name, Op, Stacked)                                         \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked, Stacked,                     \
                                 xla::ffi::Ffi::Bind()                                 \
                                     .Ctx<xla::ffi::ThreadPool>()                      \
                                     .RemainingArgs()                                  \

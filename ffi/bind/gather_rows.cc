@@ -73,7 +73,7 @@ class GatherRowsOp {
     };
   }
 
-  Lent LentAt(std::int64_t i) const {
+  Lent LentAt(std::int64_t i, const Args& /*args*/) const {
     const char* x = static_cast<const char*>(x_.data) + i * num_tokens_ * row_bytes();
     const float* weights = has_weights_ ? static_cast<const float*>(weights_.data) +
                                               i * num_tokens_ * num_topk_
@@ -116,4 +116,5 @@ class GatherRowsOp {
 }  // namespace
 }  // namespace jax_ep
 
-EP_DEFINE_EXCHANGE(gather_rows, jax_ep::GatherRowsOp);
+EP_DEFINE_EXCHANGE(gather_rows, jax_ep::GatherRowsOp,
+                   jax_ep::ExchangeStacked<jax_ep::GatherRowsOp>);

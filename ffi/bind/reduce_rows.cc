@@ -36,7 +36,7 @@ class ReduceRowsOp {
     return args;
   }
 
-  Lent LentAt(std::int64_t i) const { return rows_.LentAt(i); }
+  Lent LentAt(std::int64_t i, const Args& /*args*/) const { return rows_.LentAt(i); }
 
   static void SetPeers(Args& args, const PeerTables& tables) { args.rows = tables[0]; }
 
@@ -57,4 +57,5 @@ class ReduceRowsOp {
 }  // namespace
 }  // namespace jax_ep
 
-EP_DEFINE_EXCHANGE(reduce_rows, jax_ep::ReduceRowsOp);
+EP_DEFINE_EXCHANGE(reduce_rows, jax_ep::ReduceRowsOp,
+                   jax_ep::ExchangeStacked<jax_ep::ReduceRowsOp>);

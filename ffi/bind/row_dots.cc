@@ -31,7 +31,7 @@ class RowDotsOp {
     return args;
   }
 
-  Lent LentAt(std::int64_t i) const { return rows_.LentAt(i); }
+  Lent LentAt(std::int64_t i, const Args& /*args*/) const { return rows_.LentAt(i); }
 
   static void SetPeers(Args& args, const PeerTables& tables) { args.rows = tables[0]; }
 
@@ -50,4 +50,5 @@ class RowDotsOp {
 }  // namespace
 }  // namespace jax_ep
 
-EP_DEFINE_EXCHANGE(row_dots, jax_ep::RowDotsOp);
+EP_DEFINE_EXCHANGE(row_dots, jax_ep::RowDotsOp,
+                   jax_ep::ExchangeStacked<jax_ep::RowDotsOp>);

@@ -13,7 +13,7 @@ namespace {
 
 void CountAsked(const PlanArgs& args, std::int64_t source, PlanTables& tables) {
   std::int32_t* asked = tables.asked.row(source);
-  const std::int32_t* choices = ChoicesOf(args, source);
+  const std::int32_t* choices = args.ChoicesOf(source);
   for (std::int64_t i = 0; i < args.choices_per_rank(); ++i) {
     if (choices[i] != kDropped) ++asked[choices[i]];
   }
@@ -36,7 +36,7 @@ std::vector<bool> FindOverflows(const PlanArgs& args, const PlanTables& tables) 
 
 void CountKept(const PlanArgs& args, std::int64_t source, PlanTables& tables) {
   std::int32_t* kept = tables.kept.row(source);
-  const std::int32_t* choices = ChoicesOf(args, source);
+  const std::int32_t* choices = args.ChoicesOf(source);
   if (!tables.overflows) {
     std::copy_n(tables.asked.row(source), args.num_experts, kept);
     return;
@@ -77,15 +77,18 @@ void LayOut(const PlanArgs& args, std::int64_t dest, PlanTables& tables) {
 
 // A number that two calls with different choices or geometry hardly ever share.
 std::uint32_t Fingerprint(const PlanArgs& args) {
-  const std::int64_t count = args.num_ranks * args.choices_per_rank();
   std::uint64_t sum = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    // Mixed by itself, as a sum of products would not tell one exchange of neighbours
-    // from another.
-    std::uint64_t choice = static_cast<std::uint64_t>(i) * 0x9e3779b97f4a7c15ULL +
-                           static_cast<std::uint64_t>(args.topk_idx[i] + 2);
-    choice = (choice ^ (choice >> 32)) * 0xff51afd7ed558ccdULL;
-    sum += choice ^ (choice >> 29);
+  std::uint64_t position = 0;
+  for (std::int64_t s = 0; s < args.num_ranks; ++s) {
+    const std::int32_t* choices = args.ChoicesOf(s);
+    for (std::int64_t i = 0; i < args.choices_per_rank(); ++i) {
+      // Mixed by itself, as a sum of products would not tell one exchange of neighbours
+      // from another.
+      std::uint64_t choice = position++ * 0x9e3779b97f4a7c15ULL +
+                             static_cast<std::uint64_t>(choices[i] + 2);
+      choice = (choice ^ (choice >> 32)) * 0xff51afd7ed558ccdULL;
+      sum += choice ^ (choice >> 29);
+    }
   }
   sum ^= static_cast<std::uint64_t>(args.capacity) * 0xff51afd7ed558ccdULL;
   sum ^= static_cast<std::uint64_t>(args.alignment) * 0xc4ceb9fe1a85ec53ULL;
@@ -94,26 +97,28 @@ std::uint32_t Fingerprint(const PlanArgs& args) {
 }
 
 void Summarize(const PlanArgs& args, const PlanTables& tables, std::uint32_t print,
-               std::int64_t plan) {
+               std::int64_t rank) {
+  const PlanOutputs* plan = args.OutputsOf(rank);
+  if (plan == nullptr) return;
   const std::int64_t num_local = args.num_local_experts();
-  const std::int64_t first = args.ranks[plan] * num_local;
-  std::int32_t* load = args.expert_load + plan * args.num_experts;
-  std::fill_n(load, args.num_experts, 0);
+  const std::int64_t first = rank * num_local;
+  std::fill_n(plan->expert_load, args.num_experts, 0);
   for (std::int64_t s = 0; s < args.num_ranks; ++s) {
     const std::int32_t* asked = tables.asked.row(s);
-    for (std::int64_t e = 0; e < args.num_experts; ++e) load[e] += asked[e];
+    for (std::int64_t e = 0; e < args.num_experts; ++e) {
+      plan->expert_load[e] += asked[e];
+    }
     const std::int32_t* kept = tables.kept.row(s) + first;
     std::int32_t received = 0;
     for (std::int64_t i = 0; i < num_local; ++i) received += kept[i];
-    args.recv_counts[plan * args.num_ranks + s] = received;
+    plan->recv_counts[s] = received;
   }
   for (std::int64_t i = 0; i < num_local; ++i) {
     const std::int32_t rows = tables.group_rows[static_cast<std::size_t>(first + i)];
-    args.group_rows[plan * num_local + i] = rows;
-    args.group_sizes[plan * num_local + i] =
-        static_cast<std::int32_t>(RoundUp(rows, args.alignment));
+    plan->group_rows[i] = rows;
+    plan->group_sizes[i] = static_cast<std::int32_t>(RoundUp(rows, args.alignment));
   }
-  args.fingerprint[plan] = print;
+  *plan->fingerprint = print;
 }
 
 }  // namespace
@@ -135,8 +140,8 @@ void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for) {
   parallel_for(args.num_ranks,
                [&](std::int64_t source) { Placement(args, tables, source).Run(); });
   const std::uint32_t print = Fingerprint(args);
-  parallel_for(args.num_plans,
-               [&](std::int64_t plan) { Summarize(args, tables, print, plan); });
+  parallel_for(args.num_ranks,
+               [&](std::int64_t rank) { Summarize(args, tables, print, rank); });
 }
 
 }  // namespace jax_ep

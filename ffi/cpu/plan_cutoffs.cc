@@ -9,7 +9,7 @@ namespace {
 // The rank that choice (source, token, k) goes to, or kDropped.
 std::int32_t DestOf(const PlanArgs& args, const PlanTables& tables, std::int64_t source,
                     std::int64_t token, std::int64_t k) {
-  const std::int32_t expert = ChoicesOf(args, source)[token * args.num_topk + k];
+  const std::int32_t expert = args.ChoicesOf(source)[token * args.num_topk + k];
   return expert == kDropped ? kDropped
                             : tables.rank_of[static_cast<std::size_t>(expert)];
 }

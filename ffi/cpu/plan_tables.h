@@ -46,10 +46,6 @@ struct PlanTables {
   bool overflows = false;
 };
 
-inline const std::int32_t* ChoicesOf(const PlanArgs& args, std::int64_t source) {
-  return args.topk_idx + source * args.choices_per_rank();
-}
-
 // Position in the order (k, token, source rank).
 inline std::int64_t Priority(const PlanArgs& args, std::int64_t k, std::int64_t token,
                              std::int64_t source) {

@@ -32,7 +32,7 @@ std::vector<std::int32_t> Slice(const T* data, std::int64_t index, std::int64_t 
 // Outputs for some ranks' plans, each of exactly the size that PlanArgs says.
 class Plans {
  public:
-  Plans(const Geometry& geometry, std::vector<std::int32_t> ranks)
+  Plans(const Geometry& geometry, std::vector<std::int64_t> ranks)
       : geometry_(geometry),
         ranks_(std::move(ranks)),
         kept_(new bool[Size(choices())]) {
@@ -50,26 +50,30 @@ class Plans {
   }
 
   void Run(const std::vector<std::int32_t>& topk_idx, const ParallelFor& parallel_for) {
+    // Each rank's choices in memory of their own, so that a read past them is caught.
+    std::vector<std::vector<std::int32_t>> choices_of;
+    std::vector<const void*> choice_table;
+    for (std::int64_t rank = 0; rank < geometry_.num_ranks; ++rank) {
+      choices_of.push_back(Slice(topk_idx.data(), rank, choices()));
+      choice_table.push_back(choices_of.back().data());
+    }
+    std::vector<PlanOutputs> outputs;
+    for (std::size_t i = 0; i < ranks_.size(); ++i) {
+      outputs.push_back(OutputsAt(static_cast<std::int64_t>(i)));
+    }
+    std::vector<const void*> output_table(choice_table.size(), nullptr);
+    for (std::size_t i = 0; i < ranks_.size(); ++i) {
+      output_table[static_cast<std::size_t>(ranks_[i])] = &outputs[i];
+    }
     const PlanArgs args = {
-        .topk_idx = topk_idx.data(),
-        .ranks = ranks_.data(),
-        .num_plans = static_cast<std::int64_t>(ranks_.size()),
+        .topk_idx = choice_table.data(),
+        .outputs = output_table.data(),
         .num_ranks = geometry_.num_ranks,
         .num_tokens = geometry_.num_tokens,
         .num_topk = geometry_.num_topk,
         .num_experts = geometry_.num_experts(),
         .capacity = geometry_.capacity,
         .alignment = geometry_.alignment,
-        .group_sizes = group_sizes_.data(),
-        .kept = kept_.get(),
-        .expert_load = expert_load_.data(),
-        .recv_counts = recv_counts_.data(),
-        .num_dropped = num_dropped_.data(),
-        .send_row = send_row_.data(),
-        .recv_choice = recv_choice_.data(),
-        .recv_row = recv_row_.data(),
-        .group_rows = group_rows_.data(),
-        .fingerprint = fingerprints_.data(),
     };
     RunPlan(args, parallel_for);
   }
@@ -95,6 +99,22 @@ class Plans {
     return plan;
   }
 
+  PlanOutputs OutputsAt(std::int64_t i) {
+    const std::int64_t num_local = geometry_.num_local_experts;
+    return {
+        .group_sizes = group_sizes_.data() + i * num_local,
+        .kept = kept_.get() + i * choices(),
+        .expert_load = expert_load_.data() + i * geometry_.num_experts(),
+        .recv_counts = recv_counts_.data() + i * geometry_.num_ranks,
+        .num_dropped = num_dropped_.data() + i,
+        .send_row = send_row_.data() + i * choices(),
+        .recv_choice = recv_choice_.data() + i * geometry_.capacity,
+        .recv_row = recv_row_.data() + i * geometry_.capacity,
+        .group_rows = group_rows_.data() + i * num_local,
+        .fingerprint = fingerprints_.data() + i,
+    };
+  }
+
   std::uint32_t fingerprint(std::size_t i) const { return fingerprints_[i]; }
 
  private:
@@ -104,7 +124,7 @@ class Plans {
   }
 
   Geometry geometry_;
-  std::vector<std::int32_t> ranks_;
+  std::vector<std::int64_t> ranks_;
   std::vector<std::int32_t> group_sizes_;
   std::unique_ptr<bool[]> kept_;
   std::vector<std::int32_t> expert_load_;
@@ -117,8 +137,8 @@ class Plans {
   std::vector<std::uint32_t> fingerprints_;
 };
 
-std::vector<std::int32_t> AllRanks(const Geometry& geometry) {
-  std::vector<std::int32_t> ranks(static_cast<std::size_t>(geometry.num_ranks));
+std::vector<std::int64_t> AllRanks(const Geometry& geometry) {
+  std::vector<std::int64_t> ranks(static_cast<std::size_t>(geometry.num_ranks));
   std::iota(ranks.begin(), ranks.end(), 0);
   return ranks;
 }
@@ -237,10 +257,10 @@ EP_TEST(PlansForSomeRanksOnly) {
                        .alignment = 2};
   const Choices choices = RandomChoices(geometry, Routing::kUniform, rng);
   const std::vector<RankPlan> want = ReferencePlans(geometry, choices);
-  Plans plans(geometry, {2, 3, 4});
+  Plans plans(geometry, {2, 3, 5});
   plans.Run(choices, Forwards);
   for (std::size_t i = 0; i < 3; ++i) {
-    CheckSame(plans.At(static_cast<std::int64_t>(i)), want[i + 2]);
+    CheckSame(plans.At(static_cast<std::int64_t>(i)), want[i < 2 ? i + 2 : 5]);
   }
 }
 
