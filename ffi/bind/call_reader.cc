@@ -54,7 +54,7 @@ Tensor CallReader::Result(const char* name, std::size_t min_dims) {
           (*buffer)->dimensions()};
 }
 
-Whereabouts CallReader::whereabouts() {
+Whereabouts CallReader::ReadWhereabouts() {
   const Tensor rank = Operand("rank", 0);
   const std::int64_t stacked = rank.elements();
   const Whereabouts where = {

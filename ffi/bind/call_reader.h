@@ -39,14 +39,19 @@ struct Whereabouts {
   std::int64_t num_ranks;
 };
 
-// Reads the operands, results and attributes of one call in the order that Python
-// passes them. The first thing found wrong is kept as the error; what is read after it
-// is empty.
+// Reads the operands, results and attributes of one exchange's call in the order that
+// Python passes them. The first thing found wrong is kept as the error; what is read
+// after it is empty.
 class CallReader {
  public:
   CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
              ffi::Dictionary attributes)
-      : operands_(operands), results_(results), attributes_(attributes) {}
+      : operands_(operands),
+        results_(results),
+        attributes_(attributes),
+        where_(ReadWhereabouts()) {}
+
+  const Whereabouts& where() const { return where_; }
 
   std::int64_t Attribute(const char* name);
 
@@ -62,14 +67,13 @@ class CallReader {
     return static_cast<T*>(Checked(Result(name, 0), name, type, elements));
   }
 
-  // The first three operands of every exchange.
-  Whereabouts whereabouts();
-
   void Require(bool holds, const char* what);
   bool failed() const { return error_.has_value(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
 
  private:
+  // The first three operands of every exchange.
+  Whereabouts ReadWhereabouts();
   void* Checked(const Tensor& tensor, const char* name, ffi::DataType type,
                 std::int64_t elements);
 
@@ -79,6 +83,7 @@ class CallReader {
   std::size_t next_operand_ = 0;
   std::size_t next_result_ = 0;
   std::optional<std::string> error_;
+  Whereabouts where_;  // read when all else is there
 };
 
 }  // namespace jax_ep

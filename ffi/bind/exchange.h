@@ -68,10 +68,9 @@ template <typename Op>
 ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                            ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
-  const Whereabouts where = reader.whereabouts();
   const Op op(reader);
   if (reader.failed()) return reader.error();
-  const StackedRanks<Op> ranks(op, where.num_stacked);
+  const StackedRanks<Op> ranks(op, reader.where().num_stacked);
   std::vector<Work> works;
   works.reserve(ranks.args().size());
   for (const auto& args : ranks.args()) works.push_back(Op::MakeWork(args));
@@ -95,7 +94,7 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
   const auto call = std::make_shared<PendingCall<Op>>();
   ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
-  const Whereabouts where = reader.whereabouts();
+  const Whereabouts& where = reader.where();
   const Op op(reader);
   if (reader.failed()) {
     call->promise.SetError(reader.error());

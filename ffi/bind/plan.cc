@@ -34,10 +34,12 @@ class PlanOp {
   struct Args {
     PlanArgs plan;
     PlanOutputs own;  // lent to the rank that makes all plans
+    bool is_first;    // whether that is this rank
   };
 
   explicit PlanOp(CallReader& reader)
-      : num_ranks_(reader.Attribute("num_ranks")),
+      : rank_(reader.where().rank),
+        num_ranks_(reader.Attribute("num_ranks")),
         num_experts_(reader.Attribute("num_experts")),
         num_tokens_(reader.Attribute("num_tokens")),
         num_topk_(reader.Attribute("num_topk")),
@@ -90,6 +92,7 @@ class PlanOp {
                 .recv_row = first_.recv_row + i * capacity_,
                 .group_rows = first_.group_rows + i * num_local(),
                 .fingerprint = first_.fingerprint + i},
+        .is_first = rank_[i] == 0,
     };
   }
 
@@ -102,14 +105,13 @@ class PlanOp {
     args.plan.outputs = tables[1];
   }
 
-  // All plans together cost as much as one: the first rank's work makes them all, and
-  // there is nothing left for the others to do.
+  // All plans together cost as much as one, and less than waking a helper: the first
+  // rank's work makes them all, and the others have none.
   static Work MakeWork(const Args& args) {
     const auto run = [](const void* opaque, std::int64_t) {
-      const Args& call = *static_cast<const Args*>(opaque);
-      if (call.plan.OutputsOf(0) == &call.own) RunPlan(call.plan, OnThisThread());
+      RunPlan(static_cast<const Args*>(opaque)->plan, OnThisThread());
     };
-    return {.args = &args, .run = run, .num_chunks = 1};
+    return {.args = &args, .run = run, .num_chunks = args.is_first ? 1 : 0};
   }
 
   const char* name() const { return "make_plan"; }
@@ -122,6 +124,7 @@ class PlanOp {
   std::int64_t choices() const { return num_tokens_ * num_topk_; }
   std::int64_t num_local() const { return num_experts_ / num_ranks_; }
 
+  const std::int32_t* rank_;
   std::int64_t num_ranks_;
   std::int64_t num_experts_;
   std::int64_t num_tokens_;
@@ -136,10 +139,9 @@ class PlanOp {
 ffi::Error PlanStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                        ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
-  const Whereabouts where = reader.whereabouts();
   const PlanOp op(reader);
   if (reader.failed()) return reader.error();
-  const StackedRanks<PlanOp> ranks(op, where.num_stacked);
+  const StackedRanks<PlanOp> ranks(op, reader.where().num_stacked);
   RunPlan(ranks.args().front().plan, ParallelForOn(pool));
   return ffi::Error::Success();
 }

@@ -1,18 +1,74 @@
 #include "fabric/work_share.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "cpu/row_math.h"
+#include "fabric/cores.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr std::int64_t kMaxCalls = 32;
+// How long a helper may take to come; waking a thread takes a few 10 µs.
+constexpr std::chrono::microseconds kPatience{60};
+
+// Sees to it that a thread and its helpers work on different cores. Of two that find
+// themselves on one core only one goes, or they would meet again on the other.
+class Cores {
+ public:
+  // For the thread itself, when it misses its helpers: one may be queued behind it.
+  void LeaveUnlessHelped() {
+    {
+      const std::scoped_lock lock(mutex_);
+      if (helped_) return;
+      core_ = kMoving;
+    }
+    LeaveCore();
+    const std::scoped_lock lock(mutex_);
+    core_ = ThisCore();
+  }
+
+  // For helpers.
+  void LeaveToHelped() {
+    {
+      const std::scoped_lock lock(mutex_);
+      helped_ = true;
+      if (core_ != ThisCore()) return;
+    }
+    LeaveCore();
+  }
+
+ private:
+  static constexpr int kMoving = -2;  // no thread's core
+
+  std::mutex mutex_;
+  int core_ = ThisCore();  // that the thread works on
+  bool helped_ = false;
+};
+
+// Works that a thread shares with its helpers.
+struct Together {
+  explicit Together(std::vector<Work> works) : share(std::move(works)) {}
+  WorkShare share;
+  Cores cores;
+};
+
+void Help(Together& together) {
+  if (!together.share.has_chunks_left()) return;
+  together.cores.LeaveToHelped();
+  // Again, as the system may move the threads at any time; not for ever, as it may be
+  // right to do so.
+  int moves_left = 3;
+  together.share.Drain([&] {
+    if (moves_left-- > 0) together.cores.LeaveToHelped();
+  });
+}
 
 }  // namespace
 
@@ -29,7 +85,6 @@ WorkShare::WorkShare(std::vector<Work> works) : works_(std::move(works)) {
 
 bool WorkShare::Drain(const std::function<void()>& after_chunk) {
   const ScopedIeee ieee;
-  threads_.fetch_add(1, std::memory_order_relaxed);
   bool ended_last = false;
   for (;;) {
     // Relaxed: taking a chunk orders nothing, the works were published before.
@@ -55,17 +110,19 @@ void WorkShare::AwaitEnd() const {
 
 void RunTogether(std::vector<Work> works, const Schedule& schedule) {
   // Helpers may be run after this has returned: they find nothing left to take.
-  const auto share = std::make_shared<WorkShare>(std::move(works));
-  const std::int64_t wanted = UsefulThreads(share->num_chunks());
-  const auto call_helper = [&] { schedule([share] { share->Drain(); }); };
-  for (std::int64_t i = 1; i < wanted; ++i) call_helper();
-  // A helper that the system has queued behind this very thread does not come while it
-  // works, though another core be idle: call again, and another thread is woken there.
-  std::int64_t calls_left = kMaxCalls;
-  share->Drain([&] {
-    if (share->num_threads() < wanted && calls_left-- > 0) call_helper();
+  const auto together = std::make_shared<Together>(std::move(works));
+  WorkShare& share = together->share;
+  const std::int64_t wanted = UsefulThreads(share.num_chunks());
+  for (std::int64_t i = 1; i < wanted; ++i) schedule([together] { Help(*together); });
+  using Clock = std::chrono::steady_clock;
+  bool waits_for_help = wanted > 1;
+  const Clock::time_point patient_until = Clock::now() + kPatience;
+  share.Drain([&] {
+    if (!waits_for_help || Clock::now() < patient_until) return;
+    waits_for_help = false;
+    together->cores.LeaveUnlessHelped();
   });
-  share->AwaitEnd();
+  share.AwaitEnd();
 }
 
 std::int64_t UsefulThreads(std::int64_t num_chunks) {

@@ -22,13 +22,14 @@ class WorkShare {
 
   std::int64_t num_chunks() const { return static_cast<std::int64_t>(order_.size()); }
 
+  bool has_chunks_left() const {
+    return next_.load(std::memory_order_relaxed) < num_chunks();
+  }
+
   // Runs chunks until none is left to take, and after each one `after_chunk`. Returns
   // whether it ended the last one, in which case all chunks' effects are visible to the
   // caller.
   bool Drain(const std::function<void()>& after_chunk = [] {});
-
-  // How many threads have begun to drain.
-  std::int64_t num_threads() const { return threads_.load(std::memory_order_relaxed); }
 
   // Returns when all chunks have ended. Only chunks that a thread is running are waited
   // for, if the caller has drained the rest.
@@ -42,7 +43,6 @@ class WorkShare {
 
   std::vector<Work> works_;
   std::vector<Item> order_;
-  std::atomic<std::int64_t> threads_{0};
   std::atomic<std::int64_t> next_{0};
   std::atomic<std::int64_t> ended_{0};
 };
@@ -51,7 +51,10 @@ class WorkShare {
 using Schedule = std::function<void(std::function<void()>)>;
 
 // Runs works whose peers are all on this thread's device: no rank is waited for.
-// Helpers are scheduled where there are cores for them.
+// Helpers are scheduled where there are cores for them, and work on other cores than
+// this thread. A system that saves itself the search for an idle core in a busy moment
+// would have them wait behind it, or take turns with it, while another core has nothing
+// to do: for as long as a tick of its scheduler, which is the time of many an exchange.
 void RunTogether(std::vector<Work> works, const Schedule& schedule);
 
 // Returns how many threads are worth having for `num_chunks`: at most one per core.

@@ -1,0 +1,14 @@
+#ifndef JAX_EP_FFI_FABRIC_CORES_H_
+#define JAX_EP_FFI_FABRIC_CORES_H_
+
+namespace jax_ep {
+
+// Returns the core that this thread runs on, or -1 where the system does not say.
+int ThisCore();
+
+// Moves this thread to another of the cores that it may use, if there is one.
+void LeaveCore();
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_CORES_H_

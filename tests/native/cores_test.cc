@@ -1,0 +1,71 @@
+#include "fabric/cores.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <cstdint>
+
+#include "check.h"
+#include "threads.h"
+
+namespace jax_ep {
+namespace {
+
+#if defined(__linux__)
+
+cpu_set_t Allowed() {
+  cpu_set_t allowed;
+  EP_CHECK_EQ(sched_getaffinity(0, sizeof(allowed), &allowed), 0);
+  return allowed;
+}
+
+// Runs body() on a thread of its own that may use the first `count` of this one's
+// cores.
+template <typename Body>
+void OnCores(int count, Body body) {
+  cpu_set_t cores = Allowed();
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &cores) && count-- <= 0) CPU_CLR(core, &cores);
+  }
+  OnThreads(1, [&](std::int64_t) {
+    EP_CHECK_EQ(sched_setaffinity(0, sizeof(cores), &cores), 0);
+    body();
+    const cpu_set_t after = Allowed();
+    EP_CHECK(CPU_EQUAL(&after, &cores));
+  });
+}
+
+EP_TEST(LeavesItsCoreForAnother) {
+  if (const cpu_set_t allowed = Allowed(); CPU_COUNT(&allowed) < 2) return;
+  OnCores(2, [] {
+    int moves = 0;
+    for (int i = 0; i < 100; ++i) {
+      const int before = ThisCore();
+      LeaveCore();
+      moves += ThisCore() != before ? 1 : 0;
+    }
+    // The system may have moved it back, now and then.
+    EP_CHECK(moves > 50);
+  });
+}
+
+EP_TEST(StaysWhereThereIsNoOtherCore) {
+  OnCores(1, [] {
+    const int before = ThisCore();
+    LeaveCore();
+    EP_CHECK_EQ(ThisCore(), before);
+  });
+}
+
+#else
+
+EP_TEST(KnowsNoCores) {
+  EP_CHECK_EQ(ThisCore(), -1);
+  LeaveCore();
+}
+
+#endif
+
+}  // namespace
+}  // namespace jax_ep
