@@ -22,11 +22,12 @@ import jax
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from moe_lm import report, sampling, text, timing, training
-from moe_lm.model import Config
 from tqdm import tqdm
 
-_STEPS = flags.DEFINE_integer("steps", 300, "Steps of training.", lower_bound=1)
+from moe_lm import report, sampling, text, timing, training
+from moe_lm.model import Config
+
+_STEPS = flags.DEFINE_integer("steps", 240, "Steps of training.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Sequences in a step.", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Bytes in a sequence.", lower_bound=2)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.", lower_bound=0.0)
