@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "common/peer_table.h"
+
 namespace jax_ep {
 
 // Element types that kernels compute with. Plain copies only need the size in bytes.
 enum class DType : std::uint8_t { kBF16, kF16, kF32, kF64 };
 
-constexpr std::int64_t ByteWidth(DType dtype) {
+EP_HOST_DEVICE constexpr std::int64_t ByteWidth(DType dtype) {
   switch (dtype) {
     case DType::kBF16:
     case DType::kF16:

@@ -4,21 +4,22 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/peer_table.h"
 
 namespace jax_ep {
 
 // One rank pulls the tokens of its received choices from their source ranks into its
 // rows: `dispatch`, and, scaled by the choices' weights, the gradient of `combine`.
 struct GatherRowsArgs {
-  const void* const* x;        // [num_ranks] tables of [num_tokens, hidden]
-  const void* const* weights;  // [num_ranks] tables of float32 [num_tokens, num_topk],
-                               // read only if scaled
+  PeerTable x;        // [num_tokens, hidden]
+  PeerTable weights;  // float32 [num_tokens, num_topk], read only if scaled
   const std::int32_t* recv_choice;  // [capacity], by (source rank, token, k)
   const std::int32_t* recv_row;     // [capacity]
+  const std::int32_t* recv_counts;  // [num_ranks], entries of recv_choice in use
   const std::int32_t* group_sizes;  // [num_local_experts]
   const std::int32_t* group_rows;   // [num_local_experts]
   void* rows;                       // [capacity, hidden]
-  std::int64_t num_received;        // entries of recv_choice and recv_row in use
+  std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
   std::int64_t num_local_experts;
@@ -28,6 +29,24 @@ struct GatherRowsArgs {
   DType dtype;     // of x and rows; read only if scaled
   bool scaled;     // whether rows are scaled by weights, or plain copies
   bool zero_tail;  // whether to zero the rows past the last group
+
+  // The arguments of another rank whose operands lie behind this one's.
+  EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {
+    GatherRowsArgs args = *this;
+    args.recv_choice += i * capacity;
+    args.recv_row += i * capacity;
+    args.group_sizes += i * num_local_experts;
+    args.group_rows += i * num_local_experts;
+    args.recv_counts += i * num_ranks;
+    args.rows = static_cast<char*>(rows) + i * capacity * row_bytes;
+    return args;
+  }
+
+  EP_HOST_DEVICE std::int64_t NumReceived() const {
+    std::int64_t sum = 0;
+    for (std::int64_t r = 0; r < num_ranks; ++r) sum += recv_counts[r];
+    return sum;
+  }
 };
 
 }  // namespace jax_ep

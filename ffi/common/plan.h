@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/peer_table.h"
+
 namespace jax_ep {
 
 // In place of an expert or a row: there is none.
@@ -24,9 +26,8 @@ struct PlanOutputs {
 
 // Makes the plans of some or all ranks from the choices of all.
 struct PlanArgs {
-  const void* const*
-      topk_idx;                // [R] tables of int32 [T, K], each in [0, E) or kDropped
-  const void* const* outputs;  // [R] PlanOutputs, or null: no plan for this rank
+  PeerTable topk_idx;  // int32 [T, K], each in [0, E) or kDropped
+  PeerTable outputs;   // PlanOutputs, or null: no plan for this rank
   std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
@@ -34,14 +35,32 @@ struct PlanArgs {
   std::int64_t capacity;
   std::int64_t alignment;
 
-  const std::int32_t* ChoicesOf(std::int64_t rank) const {
+  EP_HOST_DEVICE const std::int32_t* ChoicesOf(std::int64_t rank) const {
     return static_cast<const std::int32_t*>(topk_idx[rank]);
   }
   const PlanOutputs* OutputsOf(std::int64_t rank) const {
     return static_cast<const PlanOutputs*>(outputs[rank]);
   }
-  std::int64_t num_local_experts() const { return num_experts / num_ranks; }
-  std::int64_t choices_per_rank() const { return num_tokens * num_topk; }
+  EP_HOST_DEVICE std::int64_t num_local_experts() const {
+    return num_experts / num_ranks;
+  }
+  EP_HOST_DEVICE std::int64_t choices_per_rank() const { return num_tokens * num_topk; }
+
+  // The outputs of another rank that lie behind those of the first.
+  EP_HOST_DEVICE PlanOutputs OfStacked(const PlanOutputs& first, std::int64_t i) const {
+    return {
+        .group_sizes = first.group_sizes + i * num_local_experts(),
+        .kept = first.kept + i * choices_per_rank(),
+        .expert_load = first.expert_load + i * num_experts,
+        .recv_counts = first.recv_counts + i * num_ranks,
+        .num_dropped = first.num_dropped + i,
+        .send_row = first.send_row + i * choices_per_rank(),
+        .recv_choice = first.recv_choice + i * capacity,
+        .recv_row = first.recv_row + i * capacity,
+        .group_rows = first.group_rows + i * num_local_experts(),
+        .fingerprint = first.fingerprint + i,
+    };
+  }
 };
 
 }  // namespace jax_ep

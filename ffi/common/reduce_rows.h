@@ -4,13 +4,14 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/peer_table.h"
 
 namespace jax_ep {
 
 // One rank pulls its tokens' rows from the ranks of their experts and adds them up:
 // `combine`, and, with unit weights, the gradient of `dispatch`.
 struct ReduceRowsArgs {
-  const void* const* rows;       // [num_ranks] tables of [capacity, hidden]
+  PeerTable rows;                // [capacity, hidden]
   const float* weights;          // [num_tokens, num_topk], or null: all ones
   const std::int32_t* topk_idx;  // [num_tokens, num_topk]
   const std::int32_t* send_row;  // [num_tokens, num_topk], kDropped: leave out
@@ -18,8 +19,19 @@ struct ReduceRowsArgs {
   std::int64_t num_tokens;
   std::int64_t num_topk;
   std::int64_t num_local_experts;
+  std::int64_t capacity;
   std::int64_t hidden;
   DType dtype;  // of rows and out
+
+  // The arguments of another rank whose operands lie behind this one's.
+  EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {
+    ReduceRowsArgs args = *this;
+    if (weights != nullptr) args.weights += i * num_tokens * num_topk;
+    args.topk_idx += i * num_tokens * num_topk;
+    args.send_row += i * num_tokens * num_topk;
+    args.out = static_cast<char*>(out) + i * num_tokens * hidden * ByteWidth(dtype);
+    return args;
+  }
 };
 
 }  // namespace jax_ep

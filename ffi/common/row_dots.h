@@ -4,13 +4,14 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/peer_table.h"
 
 namespace jax_ep {
 
 // One rank pulls its tokens' rows from the ranks of their experts and multiplies each
 // with the token's row of `dout`: the gradient of `combine` in its weights.
 struct RowDotsArgs {
-  const void* const* rows;       // [num_ranks] tables of [capacity, hidden]
+  PeerTable rows;                // [capacity, hidden]
   const void* dout;              // [num_tokens, hidden]
   const std::int32_t* topk_idx;  // [num_tokens, num_topk]
   const std::int32_t* send_row;  // [num_tokens, num_topk], kDropped: zero
@@ -18,8 +19,20 @@ struct RowDotsArgs {
   std::int64_t num_tokens;
   std::int64_t num_topk;
   std::int64_t num_local_experts;
+  std::int64_t capacity;
   std::int64_t hidden;
   DType dtype;  // of rows and dout
+
+  // The arguments of another rank whose operands lie behind this one's.
+  EP_HOST_DEVICE RowDotsArgs OfStacked(std::int64_t i) const {
+    RowDotsArgs args = *this;
+    args.dout =
+        static_cast<const char*>(dout) + i * num_tokens * hidden * ByteWidth(dtype);
+    args.topk_idx += i * num_tokens * num_topk;
+    args.send_row += i * num_tokens * num_topk;
+    args.dots += i * num_tokens * num_topk;
+    return args;
+  }
 };
 
 }  // namespace jax_ep

@@ -49,6 +49,7 @@ const char* TokenRow(const GatherRowsArgs& args, Source source) {
 void CopyTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end) {
   const RowMath& math = BestRowMath();
   const bool stream = StreamsOutput(args.capacity * args.row_bytes);
+  const std::int64_t num_received = args.NumReceived();
   std::vector<void*> targets;
   std::int64_t i = begin;
   while (i < end && i > 0 && SameToken(args, i, i - 1)) ++i;
@@ -58,7 +59,7 @@ void CopyTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end
     const std::int64_t first = i;
     do {
       targets.push_back(Row(args, args.recv_row[i++]));
-    } while (i < args.num_received && SameToken(args, i, first));
+    } while (i < num_received && SameToken(args, i, first));
     if (i < end) math.prefetch(TokenRow(args, SourceOf(args, i)), args.row_bytes);
     math.copy(token, targets.data(), static_cast<std::int64_t>(targets.size()),
               args.row_bytes, stream);
@@ -93,10 +94,11 @@ void ZeroPadding(const GatherRowsArgs& args) {
 void RunChunk(const void* opaque, std::int64_t chunk) {
   const auto& args = *static_cast<const GatherRowsArgs*>(opaque);
   const std::int64_t step = RowsPerChunk(args);
-  const std::int64_t entry_chunks = CeilDiv(args.num_received, step);
+  const std::int64_t num_received = args.NumReceived();
+  const std::int64_t entry_chunks = CeilDiv(num_received, step);
   if (chunk < entry_chunks) {
     const std::int64_t begin = chunk * step;
-    const std::int64_t end = std::min(begin + step, args.num_received);
+    const std::int64_t end = std::min(begin + step, num_received);
     (args.scaled ? ScaleTokens : CopyTokens)(args, begin, end);
   } else if (chunk == entry_chunks) {
     ZeroPadding(args);
@@ -116,7 +118,7 @@ Work GatherRowsWork(const GatherRowsArgs& args) {
   const std::int64_t tail = args.zero_tail ? args.capacity - UsedRows(args) : 0;
   return {.args = &args,
           .run = RunChunk,
-          .num_chunks = CeilDiv(args.num_received, step) + 1 + CeilDiv(tail, step)};
+          .num_chunks = CeilDiv(args.NumReceived(), step) + 1 + CeilDiv(tail, step)};
 }
 
 }  // namespace jax_ep

@@ -33,7 +33,7 @@ struct MeetingKey {
 struct CallPrint {
   const char* op;
   std::array<std::int64_t, 2> dims;  // of the lent buffer: rows, bytes of a row
-  std::uint32_t plan;
+  std::uint32_t plan = 0;
   bool operator==(const CallPrint& other) const;
 };
 

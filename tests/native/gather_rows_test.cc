@@ -43,14 +43,15 @@ struct Pull {
   }
 
   GatherRowsArgs Args(bool zero_tail) {
-    return {.x = table.data(),
-            .weights = nullptr,
+    return {.x = PeerTable(table.data()),
+            .weights = PeerTable(),
             .recv_choice = plan.recv_choice.data(),
             .recv_row = plan.recv_row.data(),
+            .recv_counts = plan.recv_counts.data(),
             .group_sizes = plan.group_sizes.data(),
             .group_rows = plan.group_rows.data(),
             .rows = rows.data(),
-            .num_received = static_cast<std::int64_t>(plan.recv_row.size()),
+            .num_ranks = geometry.num_ranks,
             .num_tokens = geometry.num_tokens,
             .num_topk = geometry.num_topk,
             .num_local_experts = geometry.num_local_experts,
@@ -223,24 +224,24 @@ void CheckScaled(DType dtype, std::int64_t hidden, std::mt19937_64& rng) {
   const void* const weights_table[] = {weights[0].at(0), weights[1].at(0)};
   Numbers rows(dtype, geometry.capacity * hidden);
   rows.Fill(7);
-  const GatherRowsArgs args = {
-      .x = x_table,
-      .weights = weights_table,
-      .recv_choice = plan.recv_choice.data(),
-      .recv_row = plan.recv_row.data(),
-      .group_sizes = plan.group_sizes.data(),
-      .group_rows = plan.group_rows.data(),
-      .rows = rows.at(0),
-      .num_received = static_cast<std::int64_t>(plan.recv_row.size()),
-      .num_tokens = geometry.num_tokens,
-      .num_topk = geometry.num_topk,
-      .num_local_experts = geometry.num_local_experts,
-      .capacity = geometry.capacity,
-      .hidden = hidden,
-      .row_bytes = hidden * ByteWidth(dtype),
-      .dtype = dtype,
-      .scaled = true,
-      .zero_tail = true};
+  const GatherRowsArgs args = {.x = PeerTable(x_table),
+                               .weights = PeerTable(weights_table),
+                               .recv_choice = plan.recv_choice.data(),
+                               .recv_row = plan.recv_row.data(),
+                               .recv_counts = plan.recv_counts.data(),
+                               .group_sizes = plan.group_sizes.data(),
+                               .group_rows = plan.group_rows.data(),
+                               .rows = rows.at(0),
+                               .num_ranks = geometry.num_ranks,
+                               .num_tokens = geometry.num_tokens,
+                               .num_topk = geometry.num_topk,
+                               .num_local_experts = geometry.num_local_experts,
+                               .capacity = geometry.capacity,
+                               .hidden = hidden,
+                               .row_bytes = hidden * ByteWidth(dtype),
+                               .dtype = dtype,
+                               .scaled = true,
+                               .zero_tail = true};
   RunShuffled(GatherRowsWork(args), rng);
   Numbers wanted(dtype, geometry.capacity * hidden);
   for (std::size_t e = 0; e < plan.recv_row.size(); ++e) {

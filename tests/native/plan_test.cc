@@ -66,8 +66,8 @@ class Plans {
       output_table[static_cast<std::size_t>(ranks_[i])] = &outputs[i];
     }
     const PlanArgs args = {
-        .topk_idx = choice_table.data(),
-        .outputs = output_table.data(),
+        .topk_idx = PeerTable(choice_table.data()),
+        .outputs = PeerTable(output_table.data()),
         .num_ranks = geometry_.num_ranks,
         .num_tokens = geometry_.num_tokens,
         .num_topk = geometry_.num_topk,

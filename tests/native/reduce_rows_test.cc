@@ -41,7 +41,7 @@ void CheckReduce(const TokenRows& tokens, DType dtype, bool weighted,
   const std::int64_t num_tokens = tokens.geometry.num_tokens;
   Numbers out(dtype, num_tokens * tokens.hidden);
   out.Fill(7);
-  const ReduceRowsArgs args = {.rows = tokens.table.data(),
+  const ReduceRowsArgs args = {.rows = PeerTable(tokens.table.data()),
                                .weights = weighted ? weights.data() : nullptr,
                                .topk_idx = tokens.topk_idx.data(),
                                .send_row = tokens.send_row.data(),
@@ -49,6 +49,7 @@ void CheckReduce(const TokenRows& tokens, DType dtype, bool weighted,
                                .num_tokens = num_tokens,
                                .num_topk = tokens.geometry.num_topk,
                                .num_local_experts = tokens.geometry.num_local_experts,
+                               .capacity = tokens.geometry.capacity,
                                .hidden = tokens.hidden,
                                .dtype = dtype};
   const Work work = ReduceRowsWork(args);

@@ -23,7 +23,7 @@ void CheckDots(const Geometry& geometry, DType dtype, std::int64_t hidden,
   Numbers dout(dtype, geometry.num_tokens * hidden);
   dout.FillRandomly(rng);
   std::vector<float> dots(tokens.send_row.size(), 7);
-  const RowDotsArgs args = {.rows = tokens.table.data(),
+  const RowDotsArgs args = {.rows = PeerTable(tokens.table.data()),
                             .dout = dout.at(0),
                             .topk_idx = tokens.topk_idx.data(),
                             .send_row = tokens.send_row.data(),
@@ -31,6 +31,7 @@ void CheckDots(const Geometry& geometry, DType dtype, std::int64_t hidden,
                             .num_tokens = geometry.num_tokens,
                             .num_topk = geometry.num_topk,
                             .num_local_experts = geometry.num_local_experts,
+                            .capacity = geometry.capacity,
                             .hidden = hidden,
                             .dtype = dtype};
   const Work work = RowDotsWork(args);

@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "bind/exchange.h"
+#include "bind/cpu/exchange.h"
 #include "cpu/row_math.h"
 #include "fabric/meeting.h"
 

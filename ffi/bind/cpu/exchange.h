@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_BIND_EXCHANGE_H_
-#define JAX_EP_FFI_BIND_EXCHANGE_H_
+#ifndef JAX_EP_FFI_BIND_CPU_EXCHANGE_H_
+#define JAX_EP_FFI_BIND_CPU_EXCHANGE_H_
 
 #include <array>
 #include <cstdint>
@@ -33,47 +33,28 @@ Schedule ScheduleOn(ffi::ThreadPool& pool);
 // Tells XLA that a call has ended.
 void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 
-// Operands of an exchange: those of all ranks along a leading axis, or of one device's.
-// An Op has
-//   explicit Op(CallReader&): reads and checks its own operands
-//   Args At(i): the i-th rank's arguments, but for its peers' tables
-//   Lent LentAt(i, const Args&): what that rank's peers read, of its buffers or its
-//   Args static void SetPeers(Args&, const PeerTables&) static Work MakeWork(const
-//   Args&) const char* name() and std::array<int64_t, 2> lent_dims(), for errors
-
-// The arguments of ranks whose operands are stacked on one device.
-template <typename Op>
-class StackedRanks {
- public:
-  StackedRanks(const Op& op, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) args_.push_back(op.At(i));
-    for (std::int64_t i = 0; i < count; ++i) {
-      const Lent lent = op.LentAt(i, args_[static_cast<std::size_t>(i)]);
-      for (std::size_t j = 0; j < tables_.size(); ++j) tables_[j].push_back(lent[j]);
-    }
-    for (auto& args : args_) Op::SetPeers(args, {tables_[0].data(), tables_[1].data()});
-  }
-  StackedRanks(const StackedRanks&) = delete;
-  StackedRanks& operator=(const StackedRanks&) = delete;
-
-  const std::vector<typename Op::Args>& args() const { return args_; }
-
- private:
-  std::array<std::vector<const void*>, 2> tables_;
-  std::vector<typename Op::Args> args_;
-};
+// What the CPU must know of an exchange besides its kernel. An Op has
+//   Args, with OfStacked(i)
+//   Args Read(CallReader&): the first stacked rank's, with tables of the stacked ones
+//   Work MakeWork(const Args&)
+//   Lent LentBy(const Args&): what a rank's peers read, of its buffers or its Args
+//   void SetPeers(Args&, const PeerTables&)
+//   CallPrint PrintOf(const Args&), but for the plan
 
 // Runs an exchange of ranks whose operands are stacked on one device.
 template <typename Op>
 ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                            ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
-  const Op op(reader);
+  const typename Op::Args first = Op::Read(reader);
   if (reader.failed()) return reader.error();
-  const StackedRanks<Op> ranks(op, reader.where().num_stacked);
+  std::vector<typename Op::Args> args;
+  for (std::int64_t i = 0; i < reader.where().num_stacked; ++i) {
+    args.push_back(first.OfStacked(i));
+  }
   std::vector<Work> works;
-  works.reserve(ranks.args().size());
-  for (const auto& args : ranks.args()) works.push_back(Op::MakeWork(args));
+  works.reserve(args.size());
+  for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
   RunTogether(std::move(works), ScheduleOn(pool));
   return ffi::Error::Success();
 }
@@ -94,19 +75,20 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
   const auto call = std::make_shared<PendingCall<Op>>();
   ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
-  const Whereabouts& where = reader.where();
-  const Op op(reader);
+  call->args = Op::Read(reader);
   if (reader.failed()) {
     call->promise.SetError(reader.error());
     return future;
   }
-  call->args = op.At(0);
+  const Whereabouts& where = reader.where();
+  CallPrint print = Op::PrintOf(call->args);
+  print.plan = *where.fingerprint;
   ProcessMeetingPoint().Attend({
       .key = {.run_id = run.run_id, .call_site = site->number, .group = *where.group},
-      .print = {.op = op.name(), .dims = op.lent_dims(), .plan = *where.fingerprint},
+      .print = print,
       .rank = *where.rank,
       .num_ranks = static_cast<std::int32_t>(where.num_ranks),
-      .lent = op.LentAt(0, call->args),
+      .lent = Op::LentBy(call->args),
       .make_work =
           [call](const PeerTables& tables) {
             Op::SetPeers(call->args, tables);
@@ -122,7 +104,7 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
 
 // Defines an op's two handlers: jax_ep_NAME_stacked, which is `Stacked`, and
 // jax_ep_NAME_devices.
-#define EP_DEFINE_EXCHANGE(name, Op, Stacked)                                         \
+#define EP_DEFINE_HANDLERS(name, Op, Stacked)                                         \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_stacked, Stacked,                     \
                                 xla::ffi::Ffi::Bind()                                 \
                                     .Ctx<xla::ffi::ThreadPool>()                      \
@@ -138,4 +120,4 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
                                     .RemainingRets()                                  \
                                     .Attrs())
 
-#endif  // JAX_EP_FFI_BIND_EXCHANGE_H_
+#endif  // JAX_EP_FFI_BIND_CPU_EXCHANGE_H_

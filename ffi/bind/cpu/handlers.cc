@@ -1,0 +1,139 @@
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "bind/cpu/exchange.h"
+#include "bind/read_calls.h"
+#include "cpu/gather_rows.h"
+#include "cpu/plan.h"
+#include "cpu/reduce_rows.h"
+#include "cpu/row_dots.h"
+#include "fabric/meeting.h"
+#include "fabric/work_share.h"
+
+namespace jax_ep {
+namespace {
+
+struct GatherRowsOp {
+  using Args = GatherRowsArgs;
+  static constexpr auto Read = ReadGatherRows;
+  static constexpr auto MakeWork = GatherRowsWork;
+  static Lent LentBy(const Args& args) {
+    return {args.x[0], args.scaled ? args.weights[0] : nullptr};
+  }
+  static void SetPeers(Args& args, const PeerTables& tables) {
+    args.x = PeerTable(tables[0]);
+    args.weights = PeerTable(tables[1]);
+  }
+  static CallPrint PrintOf(const Args& args) {
+    return {.op = args.scaled ? "gradient of combine" : "dispatch",
+            .dims = {args.num_tokens, args.row_bytes}};
+  }
+};
+
+// What the two exchanges have in common in which each token pulls its choices' rows.
+template <typename AnyArgs>
+struct PullRows {
+  using Args = AnyArgs;
+  static Lent LentBy(const Args& args) { return {args.rows[0], nullptr}; }
+  static void SetPeers(Args& args, const PeerTables& tables) {
+    args.rows = PeerTable(tables[0]);
+  }
+  static CallPrint PrintOf(const char* op, const Args& args) {
+    return {.op = op, .dims = {args.capacity, args.hidden * ByteWidth(args.dtype)}};
+  }
+};
+
+struct ReduceRowsOp : PullRows<ReduceRowsArgs> {
+  static constexpr auto Read = ReadReduceRows;
+  static constexpr auto MakeWork = ReduceRowsWork;
+  static CallPrint PrintOf(const Args& args) {
+    return PullRows::PrintOf(
+        args.weights != nullptr ? "combine" : "combine with unit weights", args);
+  }
+};
+
+struct RowDotsOp : PullRows<RowDotsArgs> {
+  static constexpr auto Read = ReadRowDots;
+  static constexpr auto MakeWork = RowDotsWork;
+  static CallPrint PrintOf(const Args& args) {
+    return PullRows::PrintOf("gradient of combine in its weights", args);
+  }
+};
+
+using Body = std::function<void(std::int64_t)>;
+
+ParallelFor ParallelForOn(ffi::ThreadPool& pool) {
+  return [&pool](std::int64_t count, const Body& body) {
+    const auto run = [](const void* opaque, std::int64_t i) {
+      (*static_cast<const Body*>(opaque))(i);
+    };
+    RunTogether({{.args = &body, .run = run, .num_chunks = count}}, ScheduleOn(pool));
+  };
+}
+
+ParallelFor OnThisThread() {
+  return [](std::int64_t count, const Body& body) {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+  };
+}
+
+struct PlanOp {
+  struct Args {
+    PlanArgs plan;
+    PlanOutputs own;  // lent to the rank that makes all plans
+    bool is_first;    // whether that is this rank
+  };
+  static Args Read(CallReader& reader) {
+    const PlanCall call = ReadPlan(reader);
+    const std::int32_t* rank = reader.where().rank;
+    return {.plan = call.args,
+            .own = call.first,
+            .is_first = rank != nullptr && *rank == 0};
+  }
+  static Lent LentBy(const Args& args) { return {args.plan.topk_idx[0], &args.own}; }
+  static void SetPeers(Args& args, const PeerTables& tables) {
+    args.plan.topk_idx = PeerTable(tables[0]);
+    args.plan.outputs = PeerTable(tables[1]);
+  }
+  static CallPrint PrintOf(const Args& args) {
+    return {
+        .op = "make_plan",
+        .dims = {args.plan.num_tokens,
+                 args.plan.num_topk * static_cast<std::int64_t>(sizeof(std::int32_t))}};
+  }
+  // All plans together cost as much as one, and less than waking a helper: the first
+  // rank's work makes them all, and the others have none.
+  static Work MakeWork(const Args& args) {
+    const auto run = [](const void* opaque, std::int64_t) {
+      RunPlan(static_cast<const Args*>(opaque)->plan, OnThisThread());
+    };
+    return {.args = &args, .run = run, .num_chunks = args.is_first ? 1 : 0};
+  }
+};
+
+// Many stacked ranks are worth several threads.
+ffi::Error PlanStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
+                       ffi::RemainingRets results, ffi::Dictionary attributes) {
+  CallReader reader(operands, results, attributes);
+  PlanCall call = ReadPlan(reader);
+  if (reader.failed()) return reader.error();
+  std::vector<PlanOutputs> outputs;
+  for (std::int64_t i = 0; i < call.args.num_ranks; ++i) {
+    outputs.push_back(call.args.OfStacked(call.first, i));
+  }
+  call.args.outputs = PeerTable(outputs.data(), sizeof(PlanOutputs));
+  RunPlan(call.args, ParallelForOn(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+EP_DEFINE_HANDLERS(plan, jax_ep::PlanOp, jax_ep::PlanStacked);
+EP_DEFINE_HANDLERS(gather_rows, jax_ep::GatherRowsOp,
+                   jax_ep::ExchangeStacked<jax_ep::GatherRowsOp>);
+EP_DEFINE_HANDLERS(reduce_rows, jax_ep::ReduceRowsOp,
+                   jax_ep::ExchangeStacked<jax_ep::ReduceRowsOp>);
+EP_DEFINE_HANDLERS(row_dots, jax_ep::RowDotsOp,
+                   jax_ep::ExchangeStacked<jax_ep::RowDotsOp>);
