@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/element.h"
+#include "common/element.h"
 #include "cpu/row_math.h"
 
 #if defined(__SSE2__)

@@ -1,4 +1,4 @@
-#include "cpu/element.h"
+#include "common/element.h"
 
 #include <bit>
 #include <cmath>

@@ -1,8 +1,10 @@
-#ifndef JAX_EP_FFI_CPU_ELEMENT_H_
-#define JAX_EP_FFI_CPU_ELEMENT_H_
+#ifndef JAX_EP_FFI_COMMON_ELEMENT_H_
+#define JAX_EP_FFI_COMMON_ELEMENT_H_
 
 #include <bit>
 #include <cstdint>
+
+#include "common/peer_table.h"
 
 namespace jax_ep {
 // This header is compiled once per instruction set. With external linkage the linker
@@ -16,29 +18,29 @@ namespace {  // NOLINT(google-build-namespaces)
 struct F32 {
   using Storage = float;
   using Sum = float;
-  static float Load(float x) { return x; }
-  static float Round(float x) { return x; }
-  static float RoundSum(float x) { return x; }
+  EP_HOST_DEVICE static float Load(float x) { return x; }
+  EP_HOST_DEVICE static float Round(float x) { return x; }
+  EP_HOST_DEVICE static float RoundSum(float x) { return x; }
 };
 
 struct F64 {
   using Storage = double;
   using Sum = double;
-  static double Load(double x) { return x; }
-  static double Round(double x) { return x; }
-  static double RoundSum(double x) { return x; }
+  EP_HOST_DEVICE static double Load(double x) { return x; }
+  EP_HOST_DEVICE static double Round(double x) { return x; }
+  EP_HOST_DEVICE static double RoundSum(double x) { return x; }
 };
 
 struct BF16 {
   using Storage = std::uint16_t;
   using Sum = float;
-  static float Load(std::uint16_t x) {
+  EP_HOST_DEVICE static float Load(std::uint16_t x) {
     return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16);
   }
-  static std::uint16_t Round(float x) {
+  EP_HOST_DEVICE static std::uint16_t Round(float x) {
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(RoundSum(x)) >> 16);
   }
-  static float RoundSum(float x) {
+  EP_HOST_DEVICE static float RoundSum(float x) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
     const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const std::uint32_t quiet_nan = bits | 0x400000;
@@ -49,7 +51,7 @@ struct BF16 {
 struct F16 {
   using Storage = std::uint16_t;
   using Sum = float;
-  static float Load(std::uint16_t x) {
+  EP_HOST_DEVICE static float Load(std::uint16_t x) {
     constexpr std::uint32_t kInfinity = 0x7c00U << 13;
     const std::uint32_t magnitude = (x & 0x7fffU) << 13;
     const std::uint32_t exponent = magnitude & kInfinity;
@@ -63,7 +65,7 @@ struct F16 {
     const std::uint32_t bits = exponent == kInfinity ? special : finite;
     return std::bit_cast<float>(bits | ((x & 0x8000U) << 16));
   }
-  static std::uint16_t Round(float x) {
+  EP_HOST_DEVICE static std::uint16_t Round(float x) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = bits & 0x7fffffff;
     const std::uint32_t odd = (magnitude >> 13) & 1;
@@ -76,10 +78,10 @@ struct F16 {
     const std::uint32_t half = magnitude >= 0x47800000 ? special : finite;
     return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000));
   }
-  static float RoundSum(float x) { return Load(Round(x)); }
+  EP_HOST_DEVICE static float RoundSum(float x) { return Load(Round(x)); }
 };
 
 }  // namespace
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_CPU_ELEMENT_H_
+#endif  // JAX_EP_FFI_COMMON_ELEMENT_H_

@@ -1,0 +1,83 @@
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "cuda/gather_rows.h"
+#include "cuda/received.h"
+
+namespace jax_ep {
+namespace {
+
+// Narrow units are for odd rows, which are short as a rule.
+template <typename Unit>
+inline constexpr int kLoadsInFlight = sizeof(Unit) >= 4 ? 8 : 4;
+
+// Copies one token to the rows of entries [first, end) of the receive list, by one
+// warp. It is read once, however many rows want it.
+template <typename Unit>
+__device__ void CopyToken(const GatherRowsArgs& args, std::int64_t first,
+                          std::int64_t end) {
+  const Source source = SourceOf(args, args.recv_choice[first]);
+  const auto* from = reinterpret_cast<const Unit*>(
+      static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes);
+  const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
+  for (std::int64_t begin = Lane(); begin < units;
+       begin += kLoadsInFlight<Unit> * kWarpSize) {
+    Unit held[kLoadsInFlight<Unit>];
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight<Unit>; ++i) {
+      if (begin + i * kWarpSize < units)
+        held[i] = LoadPeer(from + begin + i * kWarpSize);
+    }
+    for (std::int64_t entry = first; entry < end; ++entry) {
+      auto* to = reinterpret_cast<Unit*>(static_cast<char*>(args.rows) +
+                                         args.recv_row[entry] * args.row_bytes);
+#pragma unroll
+      for (int i = 0; i < kLoadsInFlight<Unit>; ++i) {
+        if (begin + i * kWarpSize < units) to[begin + i * kWarpSize] = held[i];
+      }
+    }
+  }
+}
+
+__device__ bool IsSameToken(const GatherRowsArgs& args, std::int64_t a,
+                            std::int64_t b) {
+  const auto topk = static_cast<std::int32_t>(args.num_topk);
+  return args.recv_choice[a] / topk == args.recv_choice[b] / topk;
+}
+
+// One row of blocks per stacked rank. Its warps share the receive list; each takes the
+// entries that are the first of their token, with those of the same token behind them.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) CopyRowsKernel(GatherRowsArgs first) {
+  const GatherRowsArgs args = first.OfStacked(blockIdx.y);
+  const Received received = ReceivedBy(args);
+  const std::int64_t warp =
+      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
+  for (std::int64_t entry = warp; entry < received.entries; entry += warps) {
+    if (entry > 0 && IsSameToken(args, entry, entry - 1)) continue;
+    std::int64_t end = entry + 1;
+    while (end < received.entries && IsSameToken(args, entry, end)) ++end;
+    CopyToken<Unit>(args, entry, end);
+  }
+  ZeroUnfilled<Unit>(args, received.rows, warp, warps);
+}
+
+}  // namespace
+
+cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                     cudaStream_t stream) {
+  if (args.row_bytes == 0) return cudaSuccess;
+  const dim3 blocks(BlocksFor(args.capacity, kWarps, num_stacked),
+                    static_cast<unsigned>(num_stacked));
+  const auto launch = [&](auto kernel) {
+    return Launch(kernel, blocks, kThreads, stream, args);
+  };
+  // XLA aligns its buffers, so that the rows decide which units they consist of.
+  if (AreAligned(16, args.row_bytes)) return launch(CopyRowsKernel<uint4>);
+  if (AreAligned(4, args.row_bytes)) return launch(CopyRowsKernel<std::uint32_t>);
+  if (AreAligned(2, args.row_bytes)) return launch(CopyRowsKernel<std::uint16_t>);
+  return launch(CopyRowsKernel<std::uint8_t>);
+}
+
+}  // namespace jax_ep

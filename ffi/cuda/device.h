@@ -1,0 +1,75 @@
+#ifndef JAX_EP_FFI_CUDA_DEVICE_H_
+#define JAX_EP_FFI_CUDA_DEVICE_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace jax_ep {
+
+inline constexpr unsigned kAllLanes = 0xffffffffU;
+
+__device__ inline int Lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ inline int WarpInBlock() {
+  return static_cast<int>(threadIdx.x) / kWarpSize;
+}
+
+__device__ inline std::int64_t WarpSum(std::int64_t value) {
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, lanes);
+  }
+  return value;
+}
+
+// The sum over this lane and those below.
+__device__ inline std::int64_t WarpScan(std::int64_t value) {
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
+    const std::int64_t below = __shfl_up_sync(kAllLanes, value, lanes);
+    if (Lane() >= lanes) value += below;
+  }
+  return value;
+}
+
+// The sum of `count` numbers, by one warp.
+__device__ inline std::int64_t WarpTotal(const std::int32_t* numbers,
+                                         std::int64_t count) {
+  std::int64_t sum = 0;
+  for (std::int64_t i = Lane(); i < count; i += kWarpSize) sum += numbers[i];
+  return WarpSum(sum);
+}
+
+// Reads what a peer wrote before this kernel began. Never by the read-only path, which
+// may hold what stood there before.
+template <typename Unit>
+__device__ inline Unit LoadPeer(const Unit* p) {
+  return *static_cast<const volatile Unit*>(p);
+}
+
+#if defined(__CUDA_ARCH__)
+template <>
+__device__ inline uint4 LoadPeer(const uint4* p) {
+  uint4 v;
+  // Volatile keeps it where it is; `weak` lets several be in flight.
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+#else
+template <>
+__device__ inline uint4 LoadPeer(const uint4* p) {
+  return *p;
+}
+#endif
+
+// Returns whether all of these are multiples of `bytes`.
+template <typename... Addresses>
+__host__ __device__ inline bool AreAligned(std::int64_t bytes, Addresses... addresses) {
+  return ((addresses % bytes == 0) && ...);
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CUDA_DEVICE_H_

@@ -1,0 +1,77 @@
+#ifndef JAX_EP_FFI_CUDA_ELEMENTS_H_
+#define JAX_EP_FFI_CUDA_ELEMENTS_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/element.h"
+#include "cuda/device.h"
+
+namespace jax_ep {
+
+// As many elements as a lane loads at once: 16 bytes of them, or one where rows do not
+// consist of such.
+template <typename E, int count>
+struct Elements {
+  typename E::Storage at[count];
+};
+
+template <typename E>
+inline constexpr int kVector = 16 / static_cast<int>(sizeof(typename E::Storage));
+
+template <typename E, int count>
+__device__ inline Elements<E, count> LoadElements(const void* row, std::int64_t first) {
+  const auto* p = static_cast<const typename E::Storage*>(row) + first;
+  Elements<E, count> elements;
+  if constexpr (count == 1) {
+    elements.at[0] = LoadPeer(p);
+  } else {
+    static_assert(sizeof(elements) == sizeof(uint4));
+    const uint4 v = LoadPeer(reinterpret_cast<const uint4*>(p));
+    __builtin_memcpy(&elements, &v, sizeof(v));
+  }
+  return elements;
+}
+
+template <typename E, int count>
+__device__ inline void StoreElements(void* row, std::int64_t first,
+                                     const Elements<E, count>& elements) {
+  auto* p = static_cast<typename E::Storage*>(row) + first;
+  if constexpr (count == 1) {
+    *p = elements.at[0];
+  } else {
+    uint4 v;
+    __builtin_memcpy(&v, &elements, sizeof(v));
+    *reinterpret_cast<uint4*>(p) = v;
+  }
+}
+
+__device__ inline float Fma(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double Fma(double a, double b, double c) { return fma(a, b, c); }
+
+// Calls visit(element type, elements in a load) for rows of `hidden` elements.
+template <typename Visit>
+auto VisitElements(DType dtype, std::int64_t hidden, Visit visit) {
+  const auto with = [&]<typename E>(E e) {
+    if (hidden % kVector<E> == 0) {
+      return visit(e, std::integral_constant<int, kVector<E>>());
+    }
+    return visit(e, std::integral_constant<int, 1>());
+  };
+  switch (dtype) {
+    case DType::kBF16:
+      return with(BF16());
+    case DType::kF16:
+      return with(F16());
+    case DType::kF32:
+      return with(F32());
+    case DType::kF64:
+      break;
+  }
+  return with(F64());
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CUDA_ELEMENTS_H_

@@ -1,0 +1,21 @@
+#ifndef JAX_EP_FFI_CUDA_GATHER_ROWS_H_
+#define JAX_EP_FFI_CUDA_GATHER_ROWS_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/gather_rows.h"
+
+namespace jax_ep {
+
+// Fills the rows of `num_stacked` ranks, of which these are the first one's arguments:
+// with plain copies of their tokens, or with scaled ones.
+cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                     cudaStream_t stream);
+cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                      cudaStream_t stream);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CUDA_GATHER_ROWS_H_

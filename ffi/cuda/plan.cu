@@ -1,0 +1,21 @@
+#include <cstdint>
+
+#include "cuda/plan.h"
+#include "cuda/plan_tables.h"
+
+namespace jax_ep {
+
+std::int64_t PlanWorkspace(const PlanArgs& args) { return PlanTables::Words(args); }
+
+cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
+                      std::int32_t* workspace, cudaStream_t stream) {
+  const PlanTables tables(args, first, workspace);
+  for (const auto kernel : {CountAsked, FindCutoffs, CountKept, LayOut, Place}) {
+    if (const cudaError_t error = kernel(tables, stream); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_ep

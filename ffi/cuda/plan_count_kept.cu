@@ -1,0 +1,35 @@
+#include <cstdint>
+
+#include "cuda/plan_tables.h"
+
+namespace jax_ep {
+namespace {
+
+// A warp per tile.
+__global__ void __launch_bounds__(kThreads) CountKeptKernel(PlanTables tables) {
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  if (row >= tables.rows()) return;
+  if (!tables.Overflows()) {
+    const std::int64_t begin = row * tables.columns;
+    for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
+      tables.placed[begin + c] = tables.asked[begin + c];
+    }
+    return;
+  }
+  const Tile tile(tables, row);
+  const auto local = static_cast<std::int32_t>(tables.args.num_local_experts());
+  const auto is_kept = [&](std::int32_t expert, std::int64_t i) {
+    return tables.Priority(tile.source, i) < tables.cutoff[expert / local];
+  };
+  CountTile(tables, tile, is_kept, tables.placed);
+}
+
+}  // namespace
+
+cudaError_t CountKept(const PlanTables& tables, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
+  return Launch(CountKeptKernel, blocks, kThreads, stream, tables);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,136 @@
+#ifndef JAX_EP_FFI_CUDA_PLAN_TABLES_H_
+#define JAX_EP_FFI_CUDA_PLAN_TABLES_H_
+
+#include <cstdint>
+#include <limits>
+
+#include "common/plan.h"
+#include "cuda/device.h"
+
+namespace jax_ep {
+
+// A cutoff that no choice reaches.
+inline constexpr std::int32_t kKeepAll = std::numeric_limits<std::int32_t>::max();
+
+// Consecutive choices of one source that one warp counts and places, in their order.
+inline constexpr std::int64_t kTileChoices = 256;
+
+// Counters that a warp keeps in its block's shared memory; more are kept in global
+// memory.
+inline constexpr std::int64_t kSharedCounters = 1024;
+
+// What the kernels of a plan tell each other, laid out in the workspace. Tables have a
+// row per tile, in the order of the choices, and a column per expert and, behind them,
+// per destination rank.
+struct PlanTables {
+  PlanTables(const PlanArgs& plan, const PlanOutputs& first_outputs,
+             std::int32_t* space)
+      : args(plan),
+        first(first_outputs),
+        tiles_per_source(TilesPerSource(plan)),
+        columns(plan.num_experts + plan.num_ranks),
+        asked(space),
+        placed(asked + rows() * columns),
+        scratch(placed + rows() * columns),
+        group_start(scratch + rows() * columns),
+        cutoff(group_start + plan.num_experts) {}
+
+  static std::int64_t TilesPerSource(const PlanArgs& plan) {
+    const std::int64_t tiles =
+        (plan.choices_per_rank() + kTileChoices - 1) / kTileChoices;
+    return tiles > 0 ? tiles : 1;
+  }
+  static std::int64_t Words(const PlanArgs& plan) {
+    const std::int64_t table =
+        plan.num_ranks * TilesPerSource(plan) * (plan.num_experts + plan.num_ranks);
+    return 3 * table + plan.num_experts + plan.num_ranks;
+  }
+
+  __host__ __device__ std::int64_t rows() const {
+    return args.num_ranks * tiles_per_source;
+  }
+  __device__ std::int64_t DestColumn(std::int64_t dest) const {
+    return args.num_experts + dest;
+  }
+  // Whether any rank is asked for more than it holds; by one warp.
+  __device__ bool Overflows() const {
+    bool overflows = false;
+    for (std::int64_t dest = Lane(); dest < args.num_ranks; dest += kWarpSize) {
+      overflows = overflows || cutoff[dest] != kKeepAll;
+    }
+    return __any_sync(kAllLanes, overflows) != 0;
+  }
+  // Position in the order (k, token, source rank) of a source's i-th choice.
+  __device__ std::int32_t Priority(std::int64_t source, std::int64_t i) const {
+    const auto topk = static_cast<std::int32_t>(args.num_topk);
+    const auto choice = static_cast<std::int32_t>(i);
+    const std::int64_t k = choice % topk;
+    const std::int64_t token = choice / topk;
+    return static_cast<std::int32_t>((k * args.num_tokens + token) * args.num_ranks +
+                                     source);
+  }
+
+  PlanArgs args;
+  PlanOutputs first;
+  std::int64_t tiles_per_source;
+  std::int64_t columns;
+  std::int32_t* asked;        // choices in the tile
+  std::int32_t* placed;       // kept ones in the tiles before, once laid out
+  std::int32_t* scratch;      // counters for which shared memory has no room
+  std::int32_t* group_start;  // [expert], its group's first row
+  std::int32_t* cutoff;       // [rank] keeps choices of lower priority
+};
+
+// One tile, as the warp sees it that works on it.
+struct Tile {
+  __device__ Tile(const PlanTables& tables, std::int64_t table_row)
+      : row(table_row),
+        source(row / tables.tiles_per_source),
+        begin(row % tables.tiles_per_source * kTileChoices),
+        end(min(begin + kTileChoices, tables.args.choices_per_rank())) {}
+  std::int64_t row;
+  std::int64_t source;
+  std::int64_t begin;  // of the source's choices
+  std::int64_t end;
+};
+
+// Returns the warp's counters: in shared memory, or in its tile's row.
+__device__ inline std::int32_t* CountersOf(const PlanTables& tables, std::int64_t row) {
+  __shared__ std::int32_t shared[kWarps * kSharedCounters];
+  if (tables.columns <= kSharedCounters)
+    return shared + WarpInBlock() * kSharedCounters;
+  return tables.scratch + row * tables.columns;
+}
+
+// Counts the tile's choices that `is_kept(expert, i)` by expert and by destination.
+template <typename IsKept>
+__device__ void CountTile(const PlanTables& tables, const Tile& tile, IsKept is_kept,
+                          std::int32_t* counts) {
+  std::int32_t* counters = CountersOf(tables, tile.row);
+  for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) counters[c] = 0;
+  __syncwarp();
+  const auto local = static_cast<std::int32_t>(tables.args.num_local_experts());
+  const std::int32_t* choices = tables.args.ChoicesOf(tile.source);
+  for (std::int64_t i = tile.begin + Lane(); i < tile.end; i += kWarpSize) {
+    const std::int32_t expert = LoadPeer(choices + i);
+    if (expert == kDropped || !is_kept(expert, i)) continue;
+    // Numbers are added up: in which order does not show.
+    atomicAdd(counters + expert, 1);
+    atomicAdd(counters + tables.DestColumn(expert / local), 1);
+  }
+  __syncwarp();
+  for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
+    counts[tile.row * tables.columns + c] = counters[c];
+  }
+}
+
+// The kernels, in the order in which they run.
+cudaError_t CountAsked(const PlanTables& tables, cudaStream_t stream);
+cudaError_t FindCutoffs(const PlanTables& tables, cudaStream_t stream);
+cudaError_t CountKept(const PlanTables& tables, cudaStream_t stream);
+cudaError_t LayOut(const PlanTables& tables, cudaStream_t stream);
+cudaError_t Place(const PlanTables& tables, cudaStream_t stream);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CUDA_PLAN_TABLES_H_

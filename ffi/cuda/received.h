@@ -1,0 +1,72 @@
+#ifndef JAX_EP_FFI_CUDA_RECEIVED_H_
+#define JAX_EP_FFI_CUDA_RECEIVED_H_
+
+#include <cstdint>
+
+#include "common/gather_rows.h"
+#include "cuda/device.h"
+
+namespace jax_ep {
+
+// How much of one rank's receive list and rows is in use.
+struct Received {
+  std::int64_t entries;
+  std::int64_t rows;
+};
+
+// Called by all threads of a block.
+__device__ inline Received ReceivedBy(const GatherRowsArgs& args) {
+  __shared__ Received received;
+  if (WarpInBlock() == 0) {
+    const std::int64_t entries = WarpTotal(args.recv_counts, args.num_ranks);
+    const std::int64_t rows = WarpTotal(args.group_sizes, args.num_local_experts);
+    if (Lane() == 0) received = {entries, rows};
+  }
+  __syncthreads();
+  return received;
+}
+
+// Where a choice's token and weight are.
+struct Source {
+  std::int64_t rank;
+  std::int64_t token;
+  std::int64_t k;
+};
+
+__device__ inline Source SourceOf(const GatherRowsArgs& args, std::int32_t choice) {
+  const auto topk = static_cast<std::int32_t>(args.num_topk);
+  const auto tokens = static_cast<std::int32_t>(args.num_tokens);
+  const std::int32_t token = choice / topk;
+  return {token / tokens, token % tokens, choice % topk};
+}
+
+// Zeroes a row, by one warp.
+template <typename Unit>
+__device__ inline void ZeroRow(const GatherRowsArgs& args, std::int64_t row) {
+  auto* to =
+      reinterpret_cast<Unit*>(static_cast<char*>(args.rows) + row * args.row_bytes);
+  const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
+  for (std::int64_t u = Lane(); u < units; u += kWarpSize) to[u] = Unit{};
+}
+
+// Zeroes what no choice fills: the padding inside groups and, where it is to be zero,
+// the tail. `warp` of `warps` does its share.
+template <typename Unit>
+__device__ inline void ZeroUnfilled(const GatherRowsArgs& args, std::int64_t used_rows,
+                                    std::int64_t warp, std::int64_t warps) {
+  for (std::int64_t e = warp; e < args.num_local_experts; e += warps) {
+    if (args.group_rows[e] == args.group_sizes[e]) continue;
+    const std::int64_t start = WarpTotal(args.group_sizes, e);
+    for (std::int64_t i = args.group_rows[e]; i < args.group_sizes[e]; ++i) {
+      ZeroRow<Unit>(args, start + i);
+    }
+  }
+  if (!args.zero_tail) return;
+  for (std::int64_t row = used_rows + warp; row < args.capacity; row += warps) {
+    ZeroRow<Unit>(args, row);
+  }
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CUDA_RECEIVED_H_

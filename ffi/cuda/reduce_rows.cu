@@ -1,0 +1,122 @@
+#include <algorithm>
+#include <cstdint>
+
+#include "common/plan.h"
+#include "cuda/device.h"
+#include "cuda/elements.h"
+#include "cuda/reduce_rows.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kLoadsInFlight = 4;
+
+// A token's rows by ascending (rank, k).
+struct Terms {
+  const void* row[kMaxTopk];
+  float weight[kMaxTopk];
+  std::int32_t rank[kMaxTopk];
+  int count;
+};
+
+// Lists token t's terms, by one warp: each lane finds the places of its choices.
+__device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& terms) {
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  const auto topk = static_cast<int>(args.num_topk);
+  const std::int32_t* expert = args.topk_idx + t * args.num_topk;
+  const std::int32_t* row = args.send_row + t * args.num_topk;
+  const auto local = static_cast<std::int32_t>(args.num_local_experts);
+  int count = 0;
+  for (int k = Lane(); k < topk; k += kWarpSize) {
+    if (row[k] == kDropped) continue;
+    const std::int32_t rank = expert[k] / local;
+    int place = 0;
+    for (int j = 0; j < topk; ++j) {
+      if (row[j] == kDropped) continue;
+      const std::int32_t other = expert[j] / local;
+      place += other < rank || (other == rank && j < k) ? 1 : 0;
+    }
+    terms.row[place] = static_cast<const char*>(args.rows[rank]) + row[k] * row_bytes;
+    terms.weight[place] =
+        args.weights == nullptr ? 1.0F : args.weights[t * args.num_topk + k];
+    terms.rank[place] = rank;
+    ++count;
+  }
+  count = static_cast<int>(WarpSum(count));
+  if (Lane() == 0) terms.count = count;
+}
+
+// Adds up `count` elements of a token, from `first` on. Each rank's terms go into a
+// partial sum that is rounded as it would be to cross a wire.
+template <typename E, int count>
+__device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
+  using Sum = typename E::Sum;
+  Sum total[count] = {};
+  Sum partial[count] = {};
+  for (int begin = 0; begin < terms.count; begin += kLoadsInFlight) {
+    Elements<E, count> held[kLoadsInFlight];
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      if (begin + j < terms.count) {
+        held[j] = LoadElements<E, count>(terms.row[begin + j], first);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      const int term = begin + j;
+      if (term >= terms.count) break;
+      const auto weight = static_cast<Sum>(terms.weight[term]);
+      const bool is_last =
+          term + 1 == terms.count || terms.rank[term + 1] != terms.rank[term];
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        partial[i] = Fma(weight, E::Load(held[j].at[i]), partial[i]);
+        if (is_last) {
+          total[i] += E::RoundSum(partial[i]);
+          partial[i] = 0;
+        }
+      }
+    }
+  }
+  Elements<E, count> out;
+#pragma unroll
+  for (int i = 0; i < count; ++i) out.at[i] = E::Round(total[i]);
+  return out;
+}
+
+// A block per token at a time, whose threads share the elements.
+template <typename E, int count>
+__global__ void __launch_bounds__(kThreads) ReduceRowsKernel(ReduceRowsArgs first) {
+  const ReduceRowsArgs args = first.OfStacked(blockIdx.y);
+  __shared__ Terms terms;
+  for (std::int64_t t = blockIdx.x; t < args.num_tokens; t += gridDim.x) {
+    if (WarpInBlock() == 0) ListTerms(args, t, terms);
+    __syncthreads();
+    char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);
+    for (std::int64_t h = threadIdx.x * count; h < args.hidden;
+         h += blockDim.x * count) {
+      StoreElements<E, count>(out, h, Reduce<E, count>(terms, h));
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
+                       cudaStream_t stream) {
+  if (args.num_topk > kMaxTopk) return cudaErrorInvalidValue;
+  if (args.hidden == 0) return cudaSuccess;
+  return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
+    const std::int64_t loads = args.hidden / count();
+    const std::int64_t warps = (loads + kWarpSize - 1) / kWarpSize;
+    const int threads =
+        static_cast<int>(std::min<std::int64_t>(warps, kWarps)) * kWarpSize;
+    const dim3 blocks(BlocksFor(args.num_tokens, 1, num_stacked),
+                      static_cast<unsigned>(num_stacked));
+    return Launch(ReduceRowsKernel<decltype(e), count()>, blocks, threads, stream,
+                  args);
+  });
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,73 @@
+#include <cstdint>
+
+#include "common/plan.h"
+#include "cuda/device.h"
+#include "cuda/elements.h"
+#include "cuda/row_dots.h"
+
+namespace jax_ep {
+namespace {
+
+// The contract's order of additions: 64 running sums, of every 64th element each, that
+// are then added up in halves. A lane of the warp holds two neighbouring ones.
+constexpr int kSumsPerLane = 2;
+constexpr int kSums = kSumsPerLane * kWarpSize;
+
+template <typename E>
+__device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
+  using Sum = typename E::Sum;
+  const auto* x = static_cast<const typename E::Storage*>(a);
+  const auto* y = static_cast<const typename E::Storage*>(b);
+  Sum sums[kSumsPerLane] = {};
+#pragma unroll 4
+  for (std::int64_t h = Lane() * kSumsPerLane; h < hidden; h += kSums) {
+#pragma unroll
+    for (int i = 0; i < kSumsPerLane; ++i) {
+      if (h + i < hidden) {
+        sums[i] = Fma(E::Load(LoadPeer(x + h + i)), E::Load(y[h + i]), sums[i]);
+      }
+    }
+  }
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+    for (int i = 0; i < kSumsPerLane; ++i) {
+      sums[i] += __shfl_down_sync(kAllLanes, sums[i], lanes);
+    }
+  }
+  return static_cast<float>(sums[0] + sums[1]);
+}
+
+// A warp per choice at a time.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) RowDotsKernel(RowDotsArgs first) {
+  const RowDotsArgs args = first.OfStacked(blockIdx.y);
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  const std::int64_t choices = args.num_tokens * args.num_topk;
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
+  std::int64_t choice = static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  for (; choice < choices; choice += warps) {
+    const std::int32_t row = args.send_row[choice];
+    float dot = 0;
+    if (row != kDropped) {
+      const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
+      const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
+      const char* b =
+          static_cast<const char*>(args.dout) + choice / args.num_topk * row_bytes;
+      dot = Dot<E>(a, b, args.hidden);
+    }
+    if (Lane() == 0) args.dots[choice] = dot;
+  }
+}
+
+}  // namespace
+
+cudaError_t RowDots(const RowDotsArgs& args, std::int64_t num_stacked,
+                    cudaStream_t stream) {
+  const dim3 blocks(BlocksFor(args.num_tokens * args.num_topk, kWarps, num_stacked),
+                    static_cast<unsigned>(num_stacked));
+  return VisitElements(args.dtype, args.hidden, [&](auto e, auto) {
+    return Launch(RowDotsKernel<decltype(e)>, blocks, kThreads, stream, args);
+  });
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,60 @@
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "cuda/elements.h"
+#include "cuda/gather_rows.h"
+#include "cuda/received.h"
+
+namespace jax_ep {
+namespace {
+
+// Writes one entry's row: its token, scaled by its choice's weight. By one warp.
+template <typename E, int count>
+__device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
+  using Sum = typename E::Sum;
+  const Source source = SourceOf(args, args.recv_choice[entry]);
+  const auto* weights = static_cast<const float*>(args.weights[source.rank]);
+  const auto weight =
+      static_cast<Sum>(LoadPeer(weights + source.token * args.num_topk + source.k));
+  const char* from =
+      static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes;
+  char* to = static_cast<char*>(args.rows) + args.recv_row[entry] * args.row_bytes;
+#pragma unroll 4
+  for (std::int64_t h = Lane() * count; h < args.hidden; h += kWarpSize * count) {
+    Elements<E, count> elements = LoadElements<E, count>(from, h);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      elements.at[i] = E::Round(weight * E::Load(elements.at[i]));
+    }
+    StoreElements<E, count>(to, h, elements);
+  }
+}
+
+template <typename E, int count>
+__global__ void __launch_bounds__(kThreads) ScaleRowsKernel(GatherRowsArgs first) {
+  const GatherRowsArgs args = first.OfStacked(blockIdx.y);
+  const Received received = ReceivedBy(args);
+  const std::int64_t warp =
+      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
+  for (std::int64_t entry = warp; entry < received.entries; entry += warps) {
+    ScaleToken<E, count>(args, entry);
+  }
+  using Unit = std::conditional_t<count == 1, typename E::Storage, uint4>;
+  ZeroUnfilled<Unit>(args, received.rows, warp, warps);
+}
+
+}  // namespace
+
+cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                      cudaStream_t stream) {
+  if (args.row_bytes == 0) return cudaSuccess;
+  const dim3 blocks(BlocksFor(args.capacity, kWarps, num_stacked),
+                    static_cast<unsigned>(num_stacked));
+  return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
+    return Launch(ScaleRowsKernel<decltype(e), count()>, blocks, kThreads, stream,
+                  args);
+  });
+}
+
+}  // namespace jax_ep
