@@ -52,6 +52,19 @@ def ranks_row(request: pytest.FixtureRequest) -> Row:
     return request.param
 
 
+LAYER_ROWS = [row for row in ROWS if row.serves(4) and str(row) != "xla-vmap"]
+
+
+@pytest.fixture(scope="session", params=LAYER_ROWS, ids=str)
+def layer_row(request: pytest.FixtureRequest) -> Row:
+    """The same but for collectives under ``vmap``, for what takes long to compile.
+
+    There the library does nothing that the conformance tests do not see: batching is JAX's.
+    """
+    require(request.param.implementation)
+    return request.param
+
+
 @pytest.fixture(scope="session", params=NAMES)
 def implementation(request: pytest.FixtureRequest) -> str:
     """Each implementation, where the test brings its own mesh."""

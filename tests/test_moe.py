@@ -72,9 +72,9 @@ def run(row: Row, shape: Shape, floats, topk_idx, dout):
 
 
 @pytest.mark.parametrize(("shape", "routing"), SHAPES.values(), ids=SHAPES)
-def test_is_the_dense_formula_forward_and_backward(ranks_row: Row, shape: Shape, routing):
+def test_is_the_dense_formula_forward_and_backward(layer_row: Row, shape: Shape, routing):
     floats, topk_idx, dout = problem(shape, routing)
-    out, grads, kept = run(ranks_row, shape, floats, topk_idx, dout)
+    out, grads, kept = run(layer_row, shape, floats, topk_idx, dout)
     want_kept = shape.plan(topk_idx).kept
     np.testing.assert_array_equal(kept, want_kept)
     want_out, want_grads = reference(dense, floats, dout, topk_idx, want_kept)
@@ -93,11 +93,11 @@ def test_one_rank(row: Row):
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16(ranks_row: Row):
+def test_bfloat16(layer_row: Row):
     shape = Shape()
     floats, topk_idx, dout = problem(shape, distinct)
     half = [a if i == 1 else a.astype(jnp.bfloat16) for i, a in enumerate(floats)]
-    out, grads, kept = run(ranks_row, shape, half, topk_idx, dout.astype(jnp.bfloat16))
+    out, grads, kept = run(layer_row, shape, half, topk_idx, dout.astype(jnp.bfloat16))
     want, want_grads = reference(dense, floats, dout, topk_idx, np.asarray(kept))
     assert [a.dtype for a in (out, *grads)] == [
         jnp.float32 if i == 2 else jnp.bfloat16 for i in range(6)
@@ -107,11 +107,11 @@ def test_bfloat16(ranks_row: Row):
         np.testing.assert_allclose(got.astype(np.float32), exact, atol=0.03 * scale)
 
 
-def test_rows_past_the_groups_may_hold_anything(ranks_row: Row):
+def test_rows_past_the_groups_may_hold_anything(layer_row: Row):
     """The buffer is not written there, and it is much larger than what is used."""
     floats, topk_idx, dout = problem(Shape(), distinct)
-    small = run(ranks_row, Shape(), floats, topk_idx, dout)
-    large = run(ranks_row, Shape(capacity=1000), floats, topk_idx, dout)
+    small = run(layer_row, Shape(), floats, topk_idx, dout)
+    large = run(layer_row, Shape(capacity=1000), floats, topk_idx, dout)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), large, small)
 
 

@@ -43,22 +43,22 @@ def make_plan(row: Row, topk_idx: jax.Array) -> jax_ep.Plan:
 
 
 @pytest.mark.parametrize("differentiate", [outside, inside])
-def test_grad(ranks_row: Row, differentiate) -> None:
+def test_grad(layer_row: Row, differentiate) -> None:
     problem = Problem.of(0)
-    program = differentiate(functools.partial(layer, ranks_row.make_plan), ranks_row)
+    program = differentiate(functools.partial(layer, layer_row.make_plan), layer_row)
     close(program(*problem.args, problem.dout), problem.expect())
 
 
 @pytest.mark.parametrize("differentiate", [outside, inside])
-def test_checkpoint(ranks_row: Row, differentiate) -> None:
+def test_checkpoint(layer_row: Row, differentiate) -> None:
     problem = Problem.of(1)
-    f = jax.checkpoint(functools.partial(layer, ranks_row.make_plan))
-    close(differentiate(f, ranks_row)(*problem.args, problem.dout), problem.expect())
+    f = jax.checkpoint(functools.partial(layer, layer_row.make_plan))
+    close(differentiate(f, layer_row)(*problem.args, problem.dout), problem.expect())
 
 
-def test_checkpoint_around_all_ranks(ranks_row: Row) -> None:
+def test_checkpoint_around_all_ranks(layer_row: Row) -> None:
     problem = Problem.of(2)
-    f = jax.checkpoint(ranks_row.over_ranks(functools.partial(layer, ranks_row.make_plan), R))
+    f = jax.checkpoint(layer_row.over_ranks(functools.partial(layer, layer_row.make_plan), R))
 
     def loss(x, topk_idx, weights, scale, dout):
         return jnp.sum(f(x, topk_idx, weights, scale) * dout)
@@ -67,21 +67,21 @@ def test_checkpoint_around_all_ranks(ranks_row: Row) -> None:
     close(grads, problem.expect()[1])
 
 
-def test_without_jit(ranks_row: Row) -> None:
+def test_without_jit(layer_row: Row) -> None:
     problem = Problem.of(3)
-    f = functools.partial(layer, ranks_row.make_plan)
-    close(ranks_row.over_ranks(f, R)(*problem.args), problem.expect()[0])
+    f = functools.partial(layer, layer_row.make_plan)
+    close(layer_row.over_ranks(f, R)(*problem.args), problem.expect()[0])
 
 
-def test_compiled_ahead_of_time(ranks_row: Row) -> None:
+def test_compiled_ahead_of_time(layer_row: Row) -> None:
     problem = Problem.of(4)
-    f = functools.partial(layer, ranks_row.make_plan)
-    compiled = ranks_row.jit(f, R).lower(*problem.args).compile()
+    f = functools.partial(layer, layer_row.make_plan)
+    compiled = layer_row.jit(f, R).lower(*problem.args).compile()
     close(compiled(*problem.args), problem.expect()[0])
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
-def test_scan_over_layers(ranks_row: Row, remat: bool) -> None:
+def test_scan_over_layers(layer_row: Row, remat: bool) -> None:
     """One plan and one exchange a layer, run again and again by one piece of code."""
     problems = [Problem.of(seed) for seed in (5, 6, 7)]
     first = problems[0]
@@ -94,7 +94,7 @@ def test_scan_over_layers(ranks_row: Row, remat: bool) -> None:
 
     def stack_of_layers(x, topk_idx, weights, scale):
         def step(x, inputs):
-            return x + layer(ranks_row.make_plan, x, *inputs, scale), None
+            return x + layer(layer_row.make_plan, x, *inputs, scale), None
 
         body = jax.checkpoint(step) if remat else step
         return jax.lax.scan(body, x, (topk_idx, weights))[0]
@@ -104,16 +104,16 @@ def test_scan_over_layers(ranks_row: Row, remat: bool) -> None:
             x = x + dense(x, topk_idx[:, i], weights[:, i], scale, kept[:, i])
         return x
 
-    got = outside(stack_of_layers, ranks_row)(first.x, topk_idx, weights, first.scale, first.dout)
+    got = outside(stack_of_layers, layer_row)(first.x, topk_idx, weights, first.scale, first.dout)
     close(got, reference(dense_layers, (first.x, weights, first.scale), first.dout))
 
 
-def test_one_plan_for_every_step_of_a_scan(ranks_row: Row) -> None:
+def test_one_plan_for_every_step_of_a_scan(layer_row: Row) -> None:
     problem = Problem.of(8)
     kept = SHAPE.plan(problem.topk_idx).kept
 
     def steps(x, topk_idx, weights, scale):
-        plan = make_plan(ranks_row, topk_idx)
+        plan = make_plan(layer_row, topk_idx)
 
         def step(x, _):
             rows = experts(jax_ep.dispatch(x, plan), plan.group_sizes, scale)
@@ -126,7 +126,7 @@ def test_one_plan_for_every_step_of_a_scan(ranks_row: Row) -> None:
             x = x + dense(x, problem.topk_idx, weights, scale, kept)
         return x
 
-    got = outside(steps, ranks_row)(*problem.args, problem.dout)
+    got = outside(steps, layer_row)(*problem.args, problem.dout)
     primals = problem.x, problem.weights, problem.scale
     close(got, reference(dense_steps, primals, problem.dout))
 
@@ -144,35 +144,35 @@ def batch_of_problems(seeds: range) -> tuple[tuple[np.ndarray, ...], object]:
 
 
 @pytest.mark.parametrize("differentiate", [outside, inside])
-def test_vmap_of_a_plain_axis_inside(ranks_row: Row, differentiate) -> None:
+def test_vmap_of_a_plain_axis_inside(layer_row: Row, differentiate) -> None:
     """Every rank handles a batch of independent exchanges, plans and all."""
     arrays, want = batch_of_problems(range(10, 10 + R))
-    f = jax.vmap(functools.partial(layer, ranks_row.make_plan))
-    close(differentiate(f, ranks_row)(*arrays), want)
+    f = jax.vmap(functools.partial(layer, layer_row.make_plan))
+    close(differentiate(f, layer_row)(*arrays), want)
 
 
-def test_vmap_of_a_plain_axis_outside(ranks_row: Row) -> None:
+def test_vmap_of_a_plain_axis_outside(layer_row: Row) -> None:
     arrays, want = batch_of_problems(range(13, 13 + R))
-    f = outside(functools.partial(layer, ranks_row.make_plan), ranks_row)
+    f = outside(functools.partial(layer, layer_row.make_plan), layer_row)
     close(jax.jit(jax.vmap(f, in_axes=1, out_axes=1))(*arrays), want)
 
 
-def test_vmap_on_both_sides_of_the_ranks(ranks_row: Row) -> None:
+def test_vmap_on_both_sides_of_the_ranks(layer_row: Row) -> None:
     arrays, (want, _) = batch_of_problems(range(20, 24))
     split = [a.reshape(R, 2, 2, *a.shape[2:]) for a in arrays[:4]]
-    f = ranks_row.over_ranks(jax.vmap(functools.partial(layer, ranks_row.make_plan)), R)
+    f = layer_row.over_ranks(jax.vmap(functools.partial(layer, layer_row.make_plan)), R)
     got = np.asarray(jax.jit(jax.vmap(f, in_axes=1, out_axes=1))(*split))
     close(got.reshape(want.shape), want)
 
 
-def test_vmap_of_the_tokens_over_one_plan(ranks_row: Row) -> None:
+def test_vmap_of_the_tokens_over_one_plan(layer_row: Row) -> None:
     """The same routing for several tensors: only some operands carry the plain axis."""
     problem = Problem.of(16)
     kept = SHAPE.plan(problem.topk_idx).kept
     xs = np.stack([problem.x, -2 * problem.x, problem.x**2, 1 - problem.x], axis=1)
 
     def f(xs, topk_idx, weights, scale):
-        plan = make_plan(ranks_row, topk_idx)
+        plan = make_plan(layer_row, topk_idx)
         there = jax.vmap(lambda x: experts(jax_ep.dispatch(x, plan), plan.group_sizes, scale))
         return jax.vmap(lambda rows: jax_ep.combine(rows, plan, weights))(there(xs))
 
@@ -181,17 +181,17 @@ def test_vmap_of_the_tokens_over_one_plan(ranks_row: Row) -> None:
         return jax.vmap(one, in_axes=1, out_axes=1)(xs)
 
     dout = np.stack([problem.dout + i for i in range(4)], axis=1).astype(np.float32)
-    got = outside(f, ranks_row)(xs, *problem.args[1:], dout)
+    got = outside(f, layer_row)(xs, *problem.args[1:], dout)
     close(got, reference(dense_batch, (xs, problem.weights, problem.scale), dout))
 
 
-def test_vmap_of_the_weights_over_one_plan(ranks_row: Row) -> None:
+def test_vmap_of_the_weights_over_one_plan(layer_row: Row) -> None:
     problem = Problem.of(17)
     kept = SHAPE.plan(problem.topk_idx).kept
     weights = np.stack([problem.weights * i for i in range(4)], axis=1).astype(np.float32)
 
     def f(x, topk_idx, weights, scale):
-        plan = make_plan(ranks_row, topk_idx)
+        plan = make_plan(layer_row, topk_idx)
         rows = experts(jax_ep.dispatch(x, plan), plan.group_sizes, scale)
         return jax.vmap(lambda w: jax_ep.combine(rows, plan, w))(weights)
 
@@ -200,7 +200,7 @@ def test_vmap_of_the_weights_over_one_plan(ranks_row: Row) -> None:
         return jax.vmap(one, in_axes=1, out_axes=1)(weights)
 
     dout = np.stack([problem.dout + i for i in range(4)], axis=1).astype(np.float32)
-    got = outside(f, ranks_row)(problem.x, problem.topk_idx, weights, problem.scale, dout)
+    got = outside(f, layer_row)(problem.x, problem.topk_idx, weights, problem.scale, dout)
     close(got, reference(dense_batch, (problem.x, weights, problem.scale), dout))
 
 
@@ -250,48 +250,48 @@ def test_vmap_with_the_same_routing_on_every_rank(row: Row) -> None:
     close(got, dense(problem.x, topk_idx, problem.weights, problem.scale, kept))
 
 
-def test_donated_buffers(ranks_row: Row) -> None:
+def test_donated_buffers(layer_row: Row) -> None:
     """A rank may not write where its peers still read."""
     problem = Problem.of(24)
-    f = ranks_row.over_ranks(functools.partial(layer, ranks_row.make_plan), R)
+    f = layer_row.over_ranks(functools.partial(layer, layer_row.make_plan), R)
     program = jax.jit(f, donate_argnums=0)
     want = problem.expect()[0]
     for _ in range(20):
         close(program(jnp.array(problem.x), *problem.args[1:]), want)
 
 
-def test_one_jitted_layer_called_twice(ranks_row: Row) -> None:
+def test_one_jitted_layer_called_twice(layer_row: Row) -> None:
     """Equal routing, different tokens, in calls that may run in any order: they must not mix."""
     problem = Problem.of(25)
     other = 5 * np.flip(problem.x, axis=1)
     rest = problem.args[1:]
     kept = SHAPE.plan(problem.topk_idx).kept
-    once = jax.jit(functools.partial(layer, ranks_row.make_plan))
-    program = ranks_row.jit(lambda x, y, *args: (once(x, *args), once(y, *args)), R)
+    once = jax.jit(functools.partial(layer, layer_row.make_plan))
+    program = layer_row.jit(lambda x, y, *args: (once(x, *args), once(y, *args)), R)
     want = dense(problem.x, *rest, kept), dense(other, *rest, kept)
     for _ in range(20):
         close(program(problem.x, other, *rest), want)
 
 
-def test_independent_exchanges_in_one_program(ranks_row: Row) -> None:
+def test_independent_exchanges_in_one_program(layer_row: Row) -> None:
     problem = Problem.of(26)
     rest = problem.args[1:]
     kept = SHAPE.plan(problem.topk_idx).kept
     # Where collectives of XLA's own take turns, three show all there is to show.
-    count = 8 if ranks_row.implementation == "native" else 3
+    count = 8 if layer_row.implementation == "native" else 3
     xs = [(i + 1) * problem.x for i in range(count)]
-    f = functools.partial(layer, ranks_row.make_plan)
-    program = ranks_row.jit(lambda xs, *args: [f(x, *args) for x in xs], R)
+    f = functools.partial(layer, layer_row.make_plan)
+    program = layer_row.jit(lambda xs, *args: [f(x, *args) for x in xs], R)
     want = [dense(x, *rest, kept) for x in xs]
     for _ in range(10):
         close(program(xs, *rest), want)
 
 
-def test_many_programs_in_flight(ranks_row: Row) -> None:
+def test_many_programs_in_flight(layer_row: Row) -> None:
     """Calls are asynchronous: several runs of several programs wait for their turn at once."""
     problems = [Problem.of(seed) for seed in range(27, 31)]
-    f = functools.partial(layer, ranks_row.make_plan)
-    programs = ranks_row.jit(f, R), ranks_row.jit(lambda *args: 2 * f(*args), R)
+    f = functools.partial(layer, layer_row.make_plan)
+    programs = layer_row.jit(f, R), layer_row.jit(lambda *args: 2 * f(*args), R)
     runs = [(p, [program(*p.args) for program in programs]) for p in problems * 5]
     for problem, (once, twice) in runs:
         want = problem.expect()[0]
@@ -299,26 +299,26 @@ def test_many_programs_in_flight(ranks_row: Row) -> None:
         close(twice, 2 * want)
 
 
-def test_cond_that_all_ranks_agree_on(ranks_row: Row) -> None:
+def test_cond_that_all_ranks_agree_on(layer_row: Row) -> None:
     problem = Problem.of(31)
-    f = functools.partial(layer, ranks_row.make_plan)
+    f = functools.partial(layer, layer_row.make_plan)
 
     def sometimes(on, x, *args):
         return jax.lax.cond(on, lambda: x + f(x, *args), lambda: x)
 
-    program = ranks_row.jit(sometimes, R)
+    program = layer_row.jit(sometimes, R)
     close(program(np.full(R, True), *problem.args), problem.x + problem.expect()[0])
     close(program(np.full(R, False), *problem.args), problem.x)
 
 
-def test_unused_results_vanish(ranks_row: Row) -> None:
+def test_unused_results_vanish(layer_row: Row) -> None:
     """Calls are pure: what nobody uses is not in the program."""
     problem = Problem.of(32)
 
     def f(x, topk_idx, weights, scale):
-        layer(ranks_row.make_plan, x, topk_idx, weights, scale)
+        layer(layer_row.make_plan, x, topk_idx, weights, scale)
         return x
 
-    text = ranks_row.jit(f, R).lower(*problem.args).compile().as_text()
+    text = layer_row.jit(f, R).lower(*problem.args).compile().as_text()
     assert "custom-call" not in text
     assert "all-gather" not in text
