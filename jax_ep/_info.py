@@ -58,7 +58,11 @@ def _devices() -> dict[str, str]:
 
 def _implementations() -> dict[str, str]:
     reason = _native.unavailable_reason()
-    native = "CPU devices of one process, and the ranks of a vmap axis on one of them"
+    native = (
+        "one rank, and the ranks of a vmap axis on one GPU"
+        if jax.default_backend() == "gpu"
+        else "CPU devices of one process, and the ranks of a vmap axis on one of them"
+    )
     return {
         "xla": "serves on every platform, in any number of processes",
         "native": f"serves {native}" if reason is None else f"does not serve: {reason}",

@@ -1,5 +1,7 @@
 """``make_plan``: from the router's choices to a plan."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
@@ -87,8 +89,11 @@ def make_plan(
         alignment=alignment,
         tail=tail,
         axis_name=axis_name,
-        implementation=_resolve_implementation(implementation),
+        implementation="xla",
         fabric=fabric,
+    )
+    layout = dataclasses.replace(
+        layout, implementation=_resolve_implementation(implementation, layout)
     )
     rank, group = _locate(layout)
     topk_idx, _ = vary_together([topk_idx, rank])
@@ -154,11 +159,13 @@ def _resolve_capacity(
     return capacity
 
 
-def _resolve_implementation(implementation: Implementation | None) -> Implementation:
+def _resolve_implementation(
+    implementation: Implementation | None, layout: Layout
+) -> Implementation:
     check_one_of("implementation", implementation, (None, "xla", "native"))
     if implementation is None:
-        return "native" if _native.serves() else "xla"
-    if implementation == "native" and (reason := _native.unavailable_reason()):
+        return "native" if _native.serves(layout) else "xla"
+    if implementation == "native" and (reason := _native.unavailable_reason(layout)):
         raise NotImplementedError(f"implementation='native' cannot serve here: {reason}")
     return implementation
 

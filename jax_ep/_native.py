@@ -5,7 +5,7 @@ import functools
 import pathlib
 import threading
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +16,77 @@ from jax_ep._compat import ffi_minor_version, result_type
 from jax_ep._layout import Layout
 from jax_ep._plan import Plan, PlanArrays
 
-_LIBRARY = "libjax_ep_cpu.so"
+Platform = Literal["cpu", "gpu"]
+
+_LIBRARIES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
+_FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
+# What the kernels for GPUs have room for.
+_MAX_GPU_TOPK = 64
+_GPU_TILE_CHOICES = 256
 _register_lock = threading.Lock()
 
 
-def serves() -> bool:
-    """Tells whether native code serves here; warns once if its library does not load."""
-    if (reason := _library_problem()) is not None:
+def serves(layout: Layout) -> bool:
+    """Tells whether native code serves an exchange; warns once if its library does not load."""
+    platform = _platform()
+    if platform in _LIBRARIES and (reason := _library_problem(platform)) is not None:
         _warn_once(reason)
         return False
-    return unavailable_reason() is None
+    return unavailable_reason() is None and _unserved(platform, layout) is None
 
 
-def unavailable_reason() -> str | None:
-    """Returns why native code does not serve in this process, or None where it does."""
-    if (reason := _library_problem()) is not None:
+def unavailable_reason(layout: Layout | None = None) -> str | None:
+    """Returns why native code does not serve here, or not that exchange, or None where it does."""
+    platform = _platform()
+    if platform not in _LIBRARIES:
+        return f"there is native code for cpu and gpu, and the default backend is {platform!r}"
+    if (reason := _library_problem(platform)) is not None:
         return reason
-    if (platform := jax.default_backend()) != "cpu":
-        return f"there is native code for cpu alone, and the default backend is {platform!r}"
     if (count := jax.process_count()) > 1:
         return f"native code serves the devices of one process, and this job has {count} processes"
+    return None if layout is None else _unserved(platform, layout)
+
+
+def _unserved(platform: Platform, layout: Layout) -> str | None:
+    if platform == "cpu":
+        return None
+    if layout.fabric == "devices" and layout.num_ranks > 1:
+        return (
+            "native code on GPUs serves one rank, or the ranks of a vmap axis on one GPU, and "
+            f"these are {layout.num_ranks} GPUs"
+        )
+    if layout.num_topk > _MAX_GPU_TOPK:
+        return (
+            f"native code on GPUs has room for {_MAX_GPU_TOPK} choices per token, and these are "
+            f"{layout.num_topk}"
+        )
     return None
 
 
+def _platform() -> Any:
+    return jax.default_backend()
+
+
 def library_info() -> dict[str, str]:
-    """Returns what the native library says of itself: path, FFI version, instruction set.
+    """Returns what the native library for this platform says of itself.
 
     Raises:
-      NotImplementedError: the library cannot be loaded.
+      NotImplementedError: there is none, or it cannot be loaded.
     """
-    if (reason := _library_problem()) is not None:
+    if (reason := unavailable_reason()) is not None:
         raise NotImplementedError(reason)
-    library = _library()
-    return {
-        "path": str(library_path()),
+    platform = _platform()
+    library = _library(platform)
+    info = {
+        "path": str(library_path(platform)),
         "ffi_version": f"0.{library.jax_ep_ffi_minor_version()}",
-        "instruction_set": library.jax_ep_instruction_set().decode(),
     }
+    if platform == "cpu":
+        info["instruction_set"] = library.jax_ep_instruction_set().decode()
+    else:
+        version = library.jax_ep_cuda_version()
+        info["cuda_version"] = f"{version // 1000}.{version % 1000 // 10}"
+    return info
 
 
 def set_wait_timeout(seconds: float) -> float:
@@ -73,14 +107,14 @@ def set_wait_timeout(seconds: float) -> float:
     """
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be a positive finite number; got {seconds}.")
-    if (reason := _library_problem()) is not None:
+    if (reason := _library_problem("cpu")) is not None:
         raise NotImplementedError(reason)
-    return _library().jax_ep_set_wait_timeout(float(seconds))
+    return _library("cpu").jax_ep_set_wait_timeout(float(seconds))
 
 
-def library_path() -> pathlib.Path:
-    """Returns where the native library is expected: next to this file."""
-    return pathlib.Path(__file__).with_name(_LIBRARY)
+def library_path(platform: Platform) -> pathlib.Path:
+    """Returns where a platform's native library is expected: next to this file."""
+    return pathlib.Path(__file__).with_name(_LIBRARIES[platform])
 
 
 def stacked(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
@@ -115,11 +149,20 @@ def plan(
         "fingerprint": ((), jnp.uint32),
     }
     types = [result_type(rank.shape + shape, dtype, topk_idx) for shape, dtype in shapes.values()]
+    if _platform() == "gpu":
+        types.append(result_type((_gpu_workspace(layout),), jnp.int32, topk_idx))
     no_plan_yet = jnp.zeros_like(rank, dtype=jnp.uint32)
     arrays = _call(
         "plan", types, layout, rank, group, no_plan_yet, topk_idx, alignment=layout.alignment
     )
-    return PlanArrays(**dict(zip(shapes, arrays, strict=True)))
+    return PlanArrays(**dict(zip(shapes, arrays, strict=False)))
+
+
+def _gpu_workspace(layout: Layout) -> int:
+    """Returns how many words the kernels need: three tables of tiles, experts and ranks."""
+    tiles = max(1, -(-layout.num_tokens * layout.num_topk // _GPU_TILE_CHOICES))
+    columns = layout.num_experts + layout.num_ranks
+    return 3 * layout.num_ranks * tiles * columns + columns
 
 
 def gather_rows(
@@ -190,11 +233,12 @@ OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "ro
 
 
 def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes: int) -> Any:
-    _register()
+    _register(_platform())
     for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
         attributes[name] = getattr(layout, name)
     # A plain vmap around the ranks' own: independent exchanges, in turn.
-    call = jax.ffi.ffi_call(f"jax_ep_{op}_{layout.fabric}", results, vmap_method="sequential")
+    fabric = layout.fabric if layout.num_ranks > 1 else "stacked"  # one rank meets nobody
+    call = jax.ffi.ffi_call(f"jax_ep_{op}_{fabric}", results, vmap_method="sequential")
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
 
 
@@ -209,9 +253,12 @@ def _or_empty(weights: Array | None, like: Array) -> Array:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_path()))
+def _library(platform: Platform) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path(platform)))
     library.jax_ep_ffi_minor_version.restype = ctypes.c_int
+    if platform == "gpu":
+        library.jax_ep_cuda_version.restype = ctypes.c_int
+        return library
     library.jax_ep_instruction_set.restype = ctypes.c_char_p
     library.jax_ep_set_wait_timeout.restype = ctypes.c_double
     library.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
@@ -221,11 +268,14 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _library_problem() -> str | None:
-    if not library_path().exists():
-        return f"the native library is not built: there is no {_LIBRARY} next to jax_ep's modules"
+def _library_problem(platform: Platform) -> str | None:
+    if not library_path(platform).exists():
+        return (
+            f"the native library is not built: there is no {_LIBRARIES[platform]} next to "
+            "jax_ep's modules"
+        )
     try:
-        built = _library().jax_ep_ffi_minor_version()
+        built = _library(platform).jax_ep_ffi_minor_version()
     except (OSError, AttributeError) as error:
         return f"the native library does not load: {error}"
     if built > (runs := ffi_minor_version()):
@@ -238,29 +288,31 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"jax_ep uses implementation='xla': {reason}.", RuntimeWarning, stacklevel=3)
 
 
-def _register() -> None:
+def _register(platform: Platform) -> None:
     with _register_lock:
-        _register_once()
+        _register_once(platform)
 
 
 @functools.cache
-def _register_once() -> None:
-    # A state type that is registered before the CPU client exists breaks the client's start.
-    jax.devices("cpu")
-    library, capsule = _library(), jax.ffi.pycapsule
-    jax.ffi.register_ffi_type(
-        "jax_ep_call_site",
-        {
-            "type_id": capsule(library.jax_ep_call_site_type_id()),
-            "type_info": capsule(library.jax_ep_call_site_type_info()),
-        },
-        platform="cpu",
-    )
+def _register_once(platform: Platform) -> None:
+    # A state type that is registered before the client exists breaks the client's start.
+    jax.devices(platform)
+    library = _library(platform)
     for op in OPS:
-        stacked_target = capsule(getattr(library, f"jax_ep_{op}_stacked"))
-        jax.ffi.register_ffi_target(f"jax_ep_{op}_stacked", stacked_target, platform="cpu")
-        stages = {
-            "instantiate": capsule(library.jax_ep_new_call_site),
-            "execute": capsule(getattr(library, f"jax_ep_{op}_devices")),
-        }
-        jax.ffi.register_ffi_target(f"jax_ep_{op}_devices", stages, platform="cpu")
+        _register_target(platform, f"jax_ep_{op}_stacked", f"jax_ep_{op}_stacked")
+    if platform == "gpu":
+        return
+    state = {
+        "type_id": jax.ffi.pycapsule(library.jax_ep_call_site_type_id()),
+        "type_info": jax.ffi.pycapsule(library.jax_ep_call_site_type_info()),
+    }
+    jax.ffi.register_ffi_type("jax_ep_call_site", state, platform="cpu")
+    for op in OPS:
+        stages = {"instantiate": "jax_ep_new_call_site", "execute": f"jax_ep_{op}_devices"}
+        _register_target(platform, f"jax_ep_{op}_devices", stages)
+
+
+def _register_target(platform: Platform, name: str, symbols: str | dict[str, str]) -> None:
+    library = _library(platform)
+    target = jax.tree.map(lambda symbol: jax.ffi.pycapsule(getattr(library, symbol)), symbols)
+    jax.ffi.register_ffi_target(name, target, platform=_FFI_PLATFORMS[platform])

@@ -41,14 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", params=ROWS, ids=str)
 def row(request: pytest.FixtureRequest) -> Row:
     """Each implementation on each fabric."""
-    require(request.param.implementation)
+    request.param.require()
     return request.param
 
 
 @pytest.fixture(scope="session", params=[row for row in ROWS if row.serves(4)], ids=str)
 def ranks_row(request: pytest.FixtureRequest) -> Row:
     """Each implementation on each fabric that serves several ranks."""
-    require(request.param.implementation)
+    request.param.require()
     return request.param
 
 
@@ -61,7 +61,7 @@ def layer_row(request: pytest.FixtureRequest) -> Row:
 
     There the library does nothing that the conformance tests do not see: batching is JAX's.
     """
-    require(request.param.implementation)
+    request.param.require()
     return request.param
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from implementations import ROWS, Row, require
+from implementations import ROWS, Row
 from strategies import CASES, Case, Shape, payload, poisoned
 
 import jax_ep
@@ -128,7 +128,7 @@ class Answers:
     def of(
         cls, row: Row, shape: Shape, topk_idx: np.ndarray, dtype: np.dtype | type = np.float32
     ) -> Answers:
-        require(row.implementation)
+        row.require()
         inputs = Inputs.of(shape, topk_idx, np.dtype(dtype))
         plan, want = expect(shape, inputs)
         return cls(row, shape, inputs, plan, run(row, shape, inputs), want)

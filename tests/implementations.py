@@ -75,9 +75,15 @@ class Row:
     fabric: Fabric
     exact: bool
     """Whether its rounding is the contract's bit for bit, or to the last place or two."""
+    platform: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.implementation}-{self.fabric.name}"
+        names = (self.implementation, self.platform, self.fabric.name)
+        return "-".join(name for name in names if name != "cpu")
+
+    def require(self) -> None:
+        """Skips the test where the row cannot run, or fails it if it had to."""
+        require(self.implementation, self.platform)
 
     def serves(self, num_ranks: int) -> bool:
         return num_ranks <= self.fabric.max_ranks
@@ -105,16 +111,32 @@ ROWS = [
     Row("native", SHARD_MAP, exact=True),
     Row("native", VMAP, exact=True),
     Row("native", ONE, exact=True),
+    Row("native", VMAP, exact=True, platform="gpu"),
+    Row("native", ONE, exact=True, platform="gpu"),
 ]
 NAMES = ("xla", "native")
 
 
-def require(implementation: str) -> None:
-    """Skips the test where the implementation was not built, or fails it if it had to be."""
-    library = pathlib.Path(jax_ep.__file__).parent / "libjax_ep_cpu.so"
-    if implementation != "native" or library.is_file():
+def require(implementation: str, platform: str = "cpu") -> None:
+    """Skips the test where the implementation cannot run, or fails it if it had to.
+
+    It runs on the default backend. ``JAX_EP_REQUIRE_NATIVE=1`` says that native code for the CPU
+    has to be there, ``JAX_EP_REQUIRE_GPU=1`` that a GPU and native code for it have to.
+    """
+    message = _what_is_missing(implementation, platform)
+    if message is None:
         return
-    message = f"{library} was not built, so there is no native implementation to test."
-    if os.environ.get("JAX_EP_REQUIRE_NATIVE") == "1":
+    demanded = "JAX_EP_REQUIRE_GPU" if platform == "gpu" else "JAX_EP_REQUIRE_NATIVE"
+    if os.environ.get(demanded) == "1" and (platform == "gpu" or jax.default_backend() == "cpu"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+def _what_is_missing(implementation: str, platform: str) -> str | None:
+    if (backend := jax.default_backend()) != platform:
+        return f"this test is for the platform {platform!r}, and the default backend is {backend!r}"
+    library = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}[platform]
+    path = pathlib.Path(jax_ep.__file__).parent / library
+    if implementation == "native" and not path.is_file():
+        return f"{path} was not built, so there is no native implementation to test."
+    return None

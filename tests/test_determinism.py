@@ -65,7 +65,9 @@ def test_one_hash(implementation: str) -> None:
     inputs = routings()
     hashes = {}
     for row in ROWS:
-        if row.implementation == implementation and row.serves(SHAPE.num_ranks):
+        if row.platform != jax.default_backend() or not row.serves(SHAPE.num_ranks):
+            continue
+        if row.implementation == implementation:
             f = jax.jit(row.over_ranks(per_rank(row), SHAPE.num_ranks), compiler_options=options)
             hashes[str(row)] = {digest(f, inputs) for _ in range(RUNS)}
     assert len(hashes) >= 2, "several fabrics should serve"

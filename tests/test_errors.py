@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from implementations import AXIS, ROWS, VMAP, Row, require
+from implementations import AXIS, ROWS, VMAP, Row
 
 import jax_ep
 
@@ -191,7 +191,7 @@ def test_a_plan_of_ranks_is_of_no_use_outside_them(row: Row) -> None:
 
     Only running it tells: in a backward pass under the axis, its name is not bound either.
     """
-    require(row.implementation)
+    row.require()
 
     def all_ranks(topk_idx):
         return row.make_plan(topk_idx, num_experts=8)

@@ -82,7 +82,7 @@ def test_large_plan(row: Row) -> None:
     """Counts past what a byte or a signed 16-bit word holds, and more experts than a byte."""
     shape, topk_idx, want = large_plan()
     assert want.recv_counts.max() > 2**15
-    require(row.implementation)
+    row.require()
     got = jax.tree.map(np.asarray, plan_fields(row, shape)(topk_idx))
     for name in FIELDS:
         np.testing.assert_array_equal(

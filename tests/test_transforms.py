@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from implementations import ONE, ROWS, VMAP, Row, require
+from implementations import ONE, ROWS, VMAP, Row
 from layers import SHAPE, Problem, close, dense, experts, layer, reference
 
 import jax_ep
@@ -207,7 +207,7 @@ def test_vmap_of_the_weights_over_one_plan(layer_row: Row) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fabric is ONE], ids=str)
 def test_vmap_without_ranks(row: Row) -> None:
     """With no axis of ranks, a batch is a batch of programs of one rank."""
-    require(row.implementation)
+    row.require()
     problem = Problem.of(18)
 
     def f(x, topk_idx, weights):
@@ -224,7 +224,7 @@ def test_vmap_without_ranks(row: Row) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fabric is VMAP], ids=str)
 def test_vmap_with_the_same_tokens_on_every_rank(row: Row) -> None:
     """Operands without the axis of ranks stand for R equal ones."""
-    require(row.implementation)
+    row.require()
     problem = Problem.of(19)
     rest = problem.args[1:]
     kept = SHAPE.plan(problem.topk_idx).kept
@@ -240,7 +240,7 @@ def test_vmap_with_the_same_tokens_on_every_rank(row: Row) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fabric is VMAP], ids=str)
 def test_vmap_with_the_same_routing_on_every_rank(row: Row) -> None:
-    require(row.implementation)
+    row.require()
     problem = Problem.of(33)
     topk_idx = np.broadcast_to(problem.topk_idx[0], problem.topk_idx.shape)
     f = functools.partial(layer, row.make_plan)

@@ -30,7 +30,8 @@ struct Tensor {
   }
 };
 
-// Which ranks an exchange's call is for, and of which exchange.
+// Which ranks an exchange's call is for, and of which exchange. What it points to is
+// where the call runs: maybe on a device that the host cannot read.
 struct Whereabouts {
   const std::int32_t* rank;          // [num_stacked]
   const std::int32_t* group;         // [num_stacked]

@@ -76,11 +76,15 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
   ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
   call->args = Op::Read(reader);
+  const Whereabouts& where = reader.where();
+  if (!reader.failed()) {
+    reader.Require(*where.rank >= 0 && *where.rank < where.num_ranks,
+                   "a rank of these");
+  }
   if (reader.failed()) {
     call->promise.SetError(reader.error());
     return future;
   }
-  const Whereabouts& where = reader.where();
   CallPrint print = Op::PrintOf(call->args);
   print.plan = *where.fingerprint;
   ProcessMeetingPoint().Attend({
