@@ -20,9 +20,6 @@ Platform = Literal["cpu", "gpu"]
 
 _LIBRARIES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
 _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
-# What the kernels for GPUs have room for.
-_MAX_GPU_TOPK = 64
-_GPU_TILE_CHOICES = 256
 _register_lock = threading.Lock()
 
 
@@ -55,9 +52,9 @@ def _unserved(platform: Platform, layout: Layout) -> str | None:
             "native code on GPUs serves one rank, or the ranks of a vmap axis on one GPU, and "
             f"these are {layout.num_ranks} GPUs"
         )
-    if layout.num_topk > _MAX_GPU_TOPK:
+    if layout.num_topk > (most := _library(platform).jax_ep_max_topk()):
         return (
-            f"native code on GPUs has room for {_MAX_GPU_TOPK} choices per token, and these are "
+            f"native code on GPUs has room for {most} choices per token, and these are "
             f"{layout.num_topk}"
         )
     return None
@@ -150,19 +147,14 @@ def plan(
     }
     types = [result_type(rank.shape + shape, dtype, topk_idx) for shape, dtype in shapes.values()]
     if _platform() == "gpu":
-        types.append(result_type((_gpu_workspace(layout),), jnp.int32, topk_idx))
+        geometry = (layout.num_ranks, layout.num_tokens, layout.num_topk, layout.num_experts)
+        words = _library("gpu").jax_ep_plan_workspace(*geometry)
+        types.append(result_type((words,), jnp.int32, topk_idx))
     no_plan_yet = jnp.zeros_like(rank, dtype=jnp.uint32)
     arrays = _call(
         "plan", types, layout, rank, group, no_plan_yet, topk_idx, alignment=layout.alignment
     )
     return PlanArrays(**dict(zip(shapes, arrays, strict=False)))
-
-
-def _gpu_workspace(layout: Layout) -> int:
-    """Returns how many words the kernels need: three tables of tiles, experts and ranks."""
-    tiles = max(1, -(-layout.num_tokens * layout.num_topk // _GPU_TILE_CHOICES))
-    columns = layout.num_experts + layout.num_ranks
-    return 3 * layout.num_ranks * tiles * columns + columns
 
 
 def gather_rows(
@@ -258,6 +250,9 @@ def _library(platform: Platform) -> ctypes.CDLL:
     library.jax_ep_ffi_minor_version.restype = ctypes.c_int
     if platform == "gpu":
         library.jax_ep_cuda_version.restype = ctypes.c_int
+        library.jax_ep_max_topk.restype = ctypes.c_int64
+        library.jax_ep_plan_workspace.restype = ctypes.c_int64
+        library.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
         return library
     library.jax_ep_instruction_set.restype = ctypes.c_char_p
     library.jax_ep_set_wait_timeout.restype = ctypes.c_double
@@ -302,11 +297,14 @@ def _register_once(platform: Platform) -> None:
         _register_target(platform, f"jax_ep_{op}_stacked", f"jax_ep_{op}_stacked")
     if platform == "gpu":
         return
-    state = {
-        "type_id": jax.ffi.pycapsule(library.jax_ep_call_site_type_id()),
-        "type_info": jax.ffi.pycapsule(library.jax_ep_call_site_type_info()),
-    }
-    jax.ffi.register_ffi_type("jax_ep_call_site", state, platform="cpu")
+    jax.ffi.register_ffi_type(
+        "jax_ep_call_site",
+        {
+            "type_id": jax.ffi.pycapsule(library.jax_ep_call_site_type_id()),
+            "type_info": jax.ffi.pycapsule(library.jax_ep_call_site_type_info()),
+        },
+        platform="cpu",
+    )
     for op in OPS:
         stages = {"instantiate": "jax_ep_new_call_site", "execute": f"jax_ep_{op}_devices"}
         _register_target(platform, f"jax_ep_{op}_devices", stages)
