@@ -1,0 +1,128 @@
+"""What programs for a GPU consist of, as far as a machine without one can tell."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from implementations import AXIS
+from jax.sharding import AxisType, PartitionSpec
+
+import jax_ep
+from jax_ep import _native
+
+T, K, E, H, C, WORKSPACE = 6, 2, 8, 16, 20, 123
+
+
+class Library:
+    """Stands in for the native library: says what it would."""
+
+    @staticmethod
+    def jax_ep_max_topk() -> int:
+        return 3
+
+    @staticmethod
+    def jax_ep_plan_workspace(*geometry: int) -> int:
+        assert geometry in {(4, T, K, E), (1, T, K, E)}
+        return WORKSPACE
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_platform", lambda: "gpu")
+    monkeypatch.setattr(_native, "_library", lambda _: Library)
+    monkeypatch.setattr(_native, "_library_problem", lambda _: None)
+    monkeypatch.setattr(_native, "_register", lambda _: None)
+
+
+def layer(x: jax.Array, topk_idx: jax.Array, weights: jax.Array, axis: str | None) -> jax.Array:
+    plan = jax_ep.make_plan(topk_idx, num_experts=E, axis_name=axis, capacity=C)
+    assert plan.implementation == "native"
+    return jax_ep.combine(jax_ep.dispatch(x, plan), plan, weights)
+
+
+def operands(*stack: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return (
+        jnp.ones((*stack, T, H)),
+        jnp.zeros((*stack, T, K), jnp.int32),
+        jnp.ones((*stack, T, K)),
+    )
+
+
+def calls(f, *args: jax.Array) -> list[str]:
+    """Returns the lines of the program for CUDA in which it calls foreign code."""
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r".*custom_call @jax_ep.*", text)
+
+
+def names(lines: list[str]) -> list[str]:
+    return [re.findall(r"@(\w+)", line)[0] for line in lines]
+
+
+FORWARD = ["jax_ep_plan_stacked", "jax_ep_gather_rows_stacked", "jax_ep_reduce_rows_stacked"]
+
+
+@pytest.mark.parametrize("axis", [AXIS, None], ids=["vmap", "one"])
+def test_forward(axis: str | None) -> None:
+    """One call per op, which gets the workspace that the library asks for."""
+
+    def ranks(*args: jax.Array) -> jax.Array:
+        f = lambda *shards: layer(*shards, axis)  # noqa: E731
+        return jax.vmap(f, axis_name=AXIS)(*args) if axis else f(*args)
+
+    found = calls(ranks, *(operands(4) if axis else operands()))
+    assert names(found) == FORWARD
+    assert f"tensor<{WORKSPACE}xi32>" in found[0]
+
+
+def test_backward() -> None:
+    """The gradients are exchanges too; nothing is gathered, scattered or planned again."""
+
+    def loss(x, topk_idx, weights):
+        f = lambda *shards: layer(*shards, AXIS)  # noqa: E731
+        return jnp.sum(jax.vmap(f, axis_name=AXIS)(x, topk_idx, weights) ** 2)
+
+    found = names(calls(jax.grad(loss, (0, 2)), *operands(4)))
+    assert found.count("jax_ep_plan_stacked") == 1
+    assert found.count("jax_ep_gather_rows_stacked") == 2
+    assert found.count("jax_ep_reduce_rows_stacked") == 2
+    assert found.count("jax_ep_row_dots_stacked") == 1
+
+
+def over_mesh(num_ranks: int, implementation: str | None = None):
+    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,))
+
+    def block(topk_idx):
+        plan = jax_ep.make_plan(
+            topk_idx, num_experts=E, axis_name=AXIS, capacity=C, implementation=implementation
+        )
+        chosen.append(plan.implementation)
+        return plan.recv_counts
+
+    chosen: list[str] = []
+    spec = PartitionSpec(AXIS)
+    f = jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=spec)
+    topk_idx = jnp.zeros((num_ranks * T, K), jnp.int32)
+    text = jax.jit(f).trace(topk_idx).lower(lowering_platforms=("cuda",)).as_text()
+    return chosen, text
+
+
+def test_a_mesh_axis_of_one_rank() -> None:
+    chosen, text = over_mesh(1)
+    assert set(chosen) == {"native"}
+    assert "jax_ep_plan_stacked" in text
+
+
+def test_several_gpus_are_not_served_yet() -> None:
+    assert set(over_mesh(4)[0]) == {"xla"}
+    with pytest.raises(NotImplementedError, match="these are 4 GPUs"):
+        over_mesh(4, "native")
+
+
+def test_more_choices_than_there_is_room_for() -> None:
+    topk_idx = jnp.zeros((T, 4), jnp.int32)
+    assert jax_ep.make_plan(topk_idx, num_experts=E).implementation == "xla"
+    with pytest.raises(NotImplementedError, match="room for 3 .* these are 4"):
+        jax_ep.make_plan(topk_idx, num_experts=E, implementation="native")
