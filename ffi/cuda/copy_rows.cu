@@ -48,7 +48,7 @@ __device__ bool IsSameToken(const GatherRowsArgs& args, std::int64_t a,
 // One row of blocks per stacked rank. Its warps share the receive list; each takes the
 // entries that are the first of their token, with those of the same token behind them.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) CopyRowsKernel(GatherRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.y);
   const Received received = ReceivedBy(args);
   const std::int64_t warp =

@@ -8,6 +8,9 @@
 
 namespace jax_ep {
 
+// Kernels with large bodies state a minimum of one block in their launch bounds. Left
+// unstated, ptxas spills registers to fit more blocks.
+
 inline constexpr int kWarpSize = 32;
 inline constexpr int kWarps = 8;  // of a block, unless a kernel says otherwise
 inline constexpr int kThreads = kWarps * kWarpSize;

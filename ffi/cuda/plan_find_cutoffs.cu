@@ -28,7 +28,8 @@ __device__ void ForEachIncoming(const PlanTables& tables, std::int64_t dest,
 // A block per destination rank. One that is asked for more than it holds finds the
 // priority of the first choice that does not fit, digit by digit: among the choices
 // that share the digits found so far it counts how many have which digit next.
-__global__ void __launch_bounds__(kCutoffThreads) FindCutoffsKernel(PlanTables tables) {
+__global__ void __launch_bounds__(kCutoffThreads, 1)
+    FindCutoffsKernel(PlanTables tables) {
   __shared__ std::int64_t incoming;
   __shared__ std::int32_t counts[kDigits];
   __shared__ std::int32_t prefix;

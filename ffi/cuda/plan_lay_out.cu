@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kLayOutWarps = 32;
+constexpr int kLayOutWarps = 16;
 constexpr int kLayOutThreads = kLayOutWarps * kWarpSize;
 
 // Sums of up to 32 neighbouring columns of a table, a column per lane, a run of rows
@@ -57,7 +57,7 @@ __device__ std::int32_t LoadOf(const PlanTables& tables, std::int64_t expert) {
 }
 
 // A block per destination rank: lays out its groups and its receive list.
-__global__ void __launch_bounds__(kLayOutThreads) LayOutKernel(PlanTables tables) {
+__global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tables) {
   __shared__ Columns columns;
   const PlanArgs& args = tables.args;
   const std::int64_t dest = blockIdx.x;

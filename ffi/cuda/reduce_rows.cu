@@ -86,7 +86,7 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
 
 // A block per token at a time, whose threads share the elements.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads) ReduceRowsKernel(ReduceRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1) ReduceRowsKernel(ReduceRowsArgs first) {
   const ReduceRowsArgs args = first.OfStacked(blockIdx.y);
   __shared__ Terms terms;
   for (std::int64_t t = blockIdx.x; t < args.num_tokens; t += gridDim.x) {

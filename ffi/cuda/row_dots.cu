@@ -39,7 +39,7 @@ __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
 
 // A warp per choice at a time.
 template <typename E>
-__global__ void __launch_bounds__(kThreads) RowDotsKernel(RowDotsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) {
   const RowDotsArgs args = first.OfStacked(blockIdx.y);
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t choices = args.num_tokens * args.num_topk;

@@ -31,7 +31,7 @@ __device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
 }
 
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads) ScaleRowsKernel(GatherRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1) ScaleRowsKernel(GatherRowsArgs first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.y);
   const Received received = ReceivedBy(args);
   const std::int64_t warp =
