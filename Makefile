@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PACKAGE := $(VENV)/.package
 TOOLS := $(VENV)/.tools
-NATIVE_SOURCES := $(shell find ffi -type f)
+NATIVE_SOURCES := $(shell find ffi -type f -not -path '*/cuda/*')
 LIBRARY := jax_ep/libjax_ep_cpu.so
+CUDA_LIBRARY := jax_ep/libjax_ep_cuda.so
+CUDA_ARCHITECTURES ?= 80;90a;100a;120a
 CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format native-test bench clean
+.PHONY: help demo test lint format native-test cuda bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -30,22 +32,32 @@ lint: $(PACKAGE) $(TOOLS) build/lint/compile_commands.json ## check style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(RUN)
 	$(BIN)/lint-imports --no-cache
-	find ffi tests/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
-	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy > build/lint/clang-tidy.log 2>&1 \
+	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy '\.cc$$' > build/lint/clang-tidy.log 2>&1 \
 	  || { cat build/lint/clang-tidy.log; exit 1; }
 
 format: $(TOOLS) ## rewrite sources in the project's style
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
-	find ffi tests/native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 native-test: build/native-plain build/native-address build/native-thread ## run the C++ tests, plain and under sanitizers
 
-bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul
-	set -e; for script in benchmarks/bench_*.py; do $(RUN) $$script; done
+# Not part of the default install, which would compile four architectures on every laptop.
+cuda: $(PACKAGE) $(TOOLS) ## build the library for GPUs (a minute), print what its kernels take
+	(PATH=$$PATH:/usr/local/cuda/bin; test -n "$$CUDACXX" || command -v nvcc) \
+	  || $(RUN) -m pip install --quiet --editable '.[cuda-build]'
+	$(CONFIGURE) -B build/cuda -DJAX_EP_CUDA=ON -DJAX_EP_WERROR=ON '-DJAX_EP_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
+	$(BIN)/cmake --build build/cuda --target jax_ep_cuda
+	$(RUN) ffi/cuda/resources.py table build/cuda
+	install build/cuda/cuda/libjax_ep_cuda.so $(CUDA_LIBRARY)
+
+# On a GPU machine, benchmarks/gpu.sh.
+bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul on the CPU
+	set -e; for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(RUN) $$script; done
 
 clean: ## remove what make made
-	rm -rf $(VENV) build .coverage .coverage.* $(LIBRARY)
+	rm -rf $(VENV) build .coverage .coverage.* $(LIBRARY) $(CUDA_LIBRARY)
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
@@ -61,14 +73,14 @@ $(TOOLS): pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --requirement $(VENV)/tools.txt
 	touch $@
 
-build/lint/compile_commands.json: ffi/CMakeLists.txt $(PACKAGE) $(TOOLS)
+build/lint/compile_commands.json: ffi/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake) $(PACKAGE) $(TOOLS)
 	$(CONFIGURE) -B build/lint
 
 build/native-address: SANITIZE := address,undefined
 build/native-thread: SANITIZE := thread
 
 build/native-%: FORCE $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B $@ -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
+	$(CONFIGURE) -B $@ -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@ --target native_tests/all
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 300
 
