@@ -32,6 +32,14 @@ the Python packages of jax_ep[cuda-build]")
   return()
 endif()
 
+# The wheels' nvcc looks for its libraries in lib64, and has them in lib.
+if(CMAKE_CUDA_COMPILER)
+  get_filename_component(toolkit ${CMAKE_CUDA_COMPILER} DIRECTORY)
+  if(EXISTS ${toolkit}/../lib/libcudart_static.a)
+    set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${toolkit}/../lib")
+  endif()
+endif()
+
 # Stops CMake from choosing one; the kernels have their own in cuda/CMakeLists.txt.
 set(CMAKE_CUDA_ARCHITECTURES 80)
 enable_language(CUDA)
