@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -60,13 +61,21 @@ class Expected:
 
 
 def check_ours(expected: Expected, mesh: Mesh, implementation: Implementation, tail: Tail) -> None:
-    """Checks a plan, its dispatch and its combine.
+    """Checks a plan, its dispatch and its combine, of ranks on the devices of a mesh.
 
     Raises:
-      AssertionError: a field or row differs from the oracle's at all, or a sum by more than the
-        implementation promises: nothing for native code, two last places for ``"xla"``.
+      AssertionError: something is off, as ``assert_as_expected`` says.
     """
-    make_plan = planner(expected.shape, implementation, tail)
+    program = over_ranks(fields_rows_and_sums(expected.shape, implementation, tail), mesh)
+    results = program(*expected.inputs.on(mesh).as_tuple())
+    assert_as_expected(expected, implementation, tail, results)
+
+
+def fields_rows_and_sums(
+    shape: Shape, implementation: Implementation, tail: Tail
+) -> Callable[..., tuple[dict[str, jax.Array], jax.Array, jax.Array]]:
+    """Returns what one rank does to have all its results checked."""
+    make_plan = planner(shape, implementation, tail)
 
     def per_rank(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> Any:
         plan = make_plan(topk_idx)
@@ -74,8 +83,19 @@ def check_ours(expected: Expected, mesh: Mesh, implementation: Implementation, t
         out = jax_ep.combine(rows, plan, topk_weights)
         return {name: getattr(plan, name) for name in PLAN_FIELDS}, rows, out
 
-    inputs = expected.inputs.on(mesh).as_tuple()
-    fields, rows, out = jax.tree.map(np.asarray, over_ranks(per_rank, mesh)(*inputs))
+    return per_rank
+
+
+def assert_as_expected(
+    expected: Expected, implementation: Implementation, tail: Tail, results: Any
+) -> None:
+    """Compares what ``fields_rows_and_sums`` returned on all ranks with the oracle.
+
+    Raises:
+      AssertionError: a field or row differs from the oracle's at all, or a sum by more than the
+        implementation promises: nothing for native code, two last places for ``"xla"``.
+    """
+    fields, rows, out = jax.tree.map(np.asarray, results)
     for name in PLAN_FIELDS:
         want = getattr(expected.plan, name)
         np.testing.assert_array_equal(fields[name], np.broadcast_to(want, fields[name].shape), name)

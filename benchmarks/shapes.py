@@ -104,3 +104,35 @@ PLAN64 = Shape(
 )
 
 EXCHANGE_SHAPES = {shape.name: shape for shape in (SMALL, DECODE, LARGE)}
+
+_GPU_WIDE = Shape(
+    name="wide",
+    num_ranks=8,
+    num_tokens=4096,
+    hidden=7168,
+    num_experts=256,
+    num_topk=8,
+    dtype=ml_dtypes.bfloat16,
+    capacity_factor=1.25,
+    source="DeepSeek-V3 (https://arxiv.org/abs/2412.19437), with the 4096 tokens a rank at which "
+    "DeepEP reports training (https://github.com/deepseek-ai/DeepEP)",
+)
+_GPU_NARROW = dataclasses.replace(
+    _GPU_WIDE,
+    name="narrow",
+    hidden=2048,
+    num_experts=64,
+    num_topk=4,
+    source="the width and the choices of Qwen1.5-MoE-A2.7B "
+    "(https://qwenlm.github.io/blog/qwen-moe/), with 64 experts",
+)
+_GPU_DECODE = 128
+
+GPU_SHAPES = {
+    shape.name: shape
+    for wide in (_GPU_WIDE, _GPU_NARROW)
+    for shape in (
+        wide,
+        dataclasses.replace(wide, name=f"{wide.name}-decode", num_tokens=_GPU_DECODE),
+    )
+}

@@ -1,0 +1,87 @@
+"""The benchmark on a GPU: what it counts, and that it still runs, on whatever device there is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from implementations import require
+
+pytest.importorskip("absl", reason="the benchmarks need the extra 'examples'")
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu_programs")
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("shapes")
+
+
+def test_a_token_counts_once_for_each_rank_that_keeps_it(programs, shapes):
+    shape = shapes.Shape("tiny", 2, 2, 8, 4, 2, np.float32, 1.0, "this test")
+    # Rank 0 sends token 0 to rank 0 twice and token 1 to both; rank 1 keeps one choice of four.
+    topk_idx = np.array([[[0, 1], [1, 2]], [[3, 2], [0, 3]]])
+    kept = np.array([[[True, True], [True, True]], [[True, False], [False, False]]])
+    tokens_read, rows, sums = 4, 5, 4
+    assert programs.moved_bytes(shape, topk_idx, kept) == {
+        "dispatch": (tokens_read + rows) * 32,
+        "combine": (rows + sums) * 32,
+    }
+
+
+def test_the_pure_jax_rival_adds_up_every_choice(programs):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 4), np.float32)
+    topk_idx = rng.integers(0, 5, (2, 3, 2), np.int32)
+    weights = rng.random((2, 3, 2), np.float32)
+    out = programs.sort_and_segment_sum(x, topk_idx, weights)
+    np.testing.assert_allclose(out, x * weights.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def test_wrong_sums_and_rows_are_found(programs):
+    x, weights = np.ones((1, 2, 4), np.float32), np.full((1, 2, 1), 0.5, np.float32)
+    kept = np.array([[[True], [False]]])
+    right = np.array([[[0.5] * 4, [0.0] * 4]], np.float32)
+    wrong = right.copy()
+    wrong[0, 0, :2] = 0.6, np.nan
+    assert programs._num_wrong_sums(right, (x, None, weights), kept) == 0
+    assert programs._num_wrong_sums(wrong, (x, None, weights), kept) == 2
+    # Only the first row is used.
+    assert programs._num_wrong_rows(wrong, right, np.array([[1, 0]], np.int32)) == 2
+    assert programs._num_wrong_rows(wrong[:, ::-1], right[:, ::-1], np.array([[1]], np.int32)) == 0
+
+
+def test_it_runs_and_records_every_contender():
+    require("native")
+    command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), "--quick"]
+    path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
+    run = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    environment, *records = map(json.loads, filter(lambda s: s[:1] == "{", run.stdout.split("\n")))
+    assert {"commit", "jax", "device", "driver"} <= environment.keys()
+    ours = [f"native, tail {tail}" for tail in ("uninitialized", "zero")]
+    ops = [f"{name}: {op}" for name in ours for op in ("plan", "dispatch", "combine")]
+    for routing in ("uniform", "zipf"):
+        timed = [r["contender"] for r in records if r.get("routing") == routing]
+        assert sorted(timed) == sorted([*ours, "xla", "sort + segment_sum", *ops])
+    assert {r["goal"] for r in records if "goal" in r} >= {"dispatch, of the copy", "xla / ours"}
