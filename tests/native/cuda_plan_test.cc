@@ -1,0 +1,228 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cuda/plan.h"
+#include "cuda_launches.h"
+#include "plan_reference.h"
+
+namespace jax_ep {
+namespace {
+
+using Choices = std::vector<std::int32_t>;
+
+template <typename T>
+std::vector<std::int32_t> Slice(const T* data, std::int64_t index, std::int64_t size) {
+  return {data + index * size, data + (index + 1) * size};
+}
+
+// The outputs of all ranks' plans.
+class StackedPlans {
+ public:
+  StackedPlans(const Geometry& g, std::mt19937_64& rng)
+      : geometry_(g),
+        group_sizes_(g.num_experts(), rng),
+        kept_(g.num_ranks * g.choices_per_rank(), rng),
+        expert_load_(g.num_ranks * g.num_experts(), rng),
+        recv_counts_(g.num_ranks * g.num_ranks, rng),
+        num_dropped_(g.num_ranks, rng),
+        send_row_(g.num_ranks * g.choices_per_rank(), rng),
+        recv_choice_(g.num_ranks * g.capacity, rng),
+        recv_row_(g.num_ranks * g.capacity, rng),
+        group_rows_(g.num_experts(), rng),
+        fingerprint_(g.num_ranks, rng) {}
+
+  PlanOutputs First() {
+    return {.group_sizes = group_sizes_.data(),
+            .kept = reinterpret_cast<bool*>(kept_.data()),
+            .expert_load = expert_load_.data(),
+            .recv_counts = recv_counts_.data(),
+            .num_dropped = num_dropped_.data(),
+            .send_row = send_row_.data(),
+            .recv_choice = recv_choice_.data(),
+            .recv_row = recv_row_.data(),
+            .group_rows = group_rows_.data(),
+            .fingerprint = fingerprint_.data()};
+  }
+
+  void Check(std::int64_t rank, const RankPlan& want) const {
+    const std::int64_t num_local = geometry_.num_local_experts;
+    const std::int64_t choices = geometry_.choices_per_rank();
+    EP_CHECK_EQ(Slice(group_sizes_.data(), rank, num_local), want.group_sizes);
+    EP_CHECK_EQ(Slice(kept_.data(), rank, choices), want.kept);
+    EP_CHECK_EQ(Slice(expert_load_.data(), rank, geometry_.num_experts()),
+                want.expert_load);
+    EP_CHECK_EQ(Slice(recv_counts_.data(), rank, geometry_.num_ranks),
+                want.recv_counts);
+    EP_CHECK_EQ(num_dropped_.data()[rank], want.num_dropped);
+    EP_CHECK_EQ(Slice(send_row_.data(), rank, choices), want.send_row);
+    EP_CHECK_EQ(ReceiveList(recv_choice_, rank, want), want.recv_choice);
+    EP_CHECK_EQ(ReceiveList(recv_row_, rank, want), want.recv_row);
+    EP_CHECK_EQ(Slice(group_rows_.data(), rank, num_local), want.group_rows);
+    EP_CHECK_EQ(fingerprint_.data()[rank], 0U);
+  }
+
+  void CheckBehind() const {
+    for (const auto* output :
+         {&group_sizes_, &expert_load_, &recv_counts_, &num_dropped_, &send_row_,
+          &recv_choice_, &recv_row_, &group_rows_}) {
+      EP_CHECK(output->IsIntactBehind());
+    }
+    EP_CHECK(kept_.IsIntactBehind());
+    EP_CHECK(fingerprint_.IsIntactBehind());
+  }
+
+ private:
+  // The part in use of a rank's list.
+  std::vector<std::int32_t> ReceiveList(const Output<std::int32_t>& lists,
+                                        std::int64_t rank, const RankPlan& want) const {
+    const std::int32_t* list = lists.data() + rank * geometry_.capacity;
+    return {list, list + want.recv_choice.size()};
+  }
+
+  Geometry geometry_;
+  Output<std::int32_t> group_sizes_;
+  Output<std::uint8_t> kept_;
+  Output<std::int32_t> expert_load_;
+  Output<std::int32_t> recv_counts_;
+  Output<std::int32_t> num_dropped_;
+  Output<std::int32_t> send_row_;
+  Output<std::int32_t> recv_choice_;
+  Output<std::int32_t> recv_row_;
+  Output<std::int32_t> group_rows_;
+  Output<std::uint32_t> fingerprint_;
+};
+
+// The ranks' plans are what the reference says, whether their choices lie one after the
+// other or each in memory of its own.
+void CheckPlans(const Geometry& geometry, const Choices& choices,
+                std::mt19937_64& rng) {
+  const std::uint64_t seed = rng();
+  const Case which(geometry.Text() + " seed=" + Show(seed) + " choices " +
+                   Show(choices));
+  emulation::SetSeed(seed);
+  std::vector<Choices> choices_of;
+  std::vector<const void*> table;
+  for (std::int64_t rank = 0; rank < geometry.num_ranks; ++rank) {
+    choices_of.push_back(Slice(choices.data(), rank, geometry.choices_per_rank()));
+    table.push_back(choices_of.back().data());
+  }
+  const std::int64_t bytes_between =
+      geometry.choices_per_rank() * static_cast<std::int64_t>(sizeof(std::int32_t));
+  const PlanArgs args = {
+      .topk_idx = seed % 2 == 0 ? PeerTable(table.data())
+                                : PeerTable(choices.data(), bytes_between),
+      .outputs = PeerTable(),
+      .num_ranks = geometry.num_ranks,
+      .num_tokens = geometry.num_tokens,
+      .num_topk = geometry.num_topk,
+      .num_experts = geometry.num_experts(),
+      .capacity = geometry.capacity,
+      .alignment = geometry.alignment,
+  };
+  StackedPlans plans(geometry, rng);
+  Output<std::int32_t> workspace(PlanWorkspace(args), rng);
+  if (!EP_CHECK_RAN(MakePlans(args, plans.First(), workspace.data(), nullptr))) return;
+  const std::vector<RankPlan> want = ReferencePlans(geometry, choices);
+  for (std::size_t rank = 0; rank < want.size(); ++rank) {
+    plans.Check(static_cast<std::int64_t>(rank), want[rank]);
+  }
+  plans.CheckBehind();
+  EP_CHECK(workspace.IsIntactBehind());
+}
+
+// Room for all choices, for all but one, and for any number of them.
+void CheckCapacities(Geometry geometry, Routing routing, std::mt19937_64& rng) {
+  const Choices choices = RandomChoices(geometry, routing, rng);
+  const std::int64_t incoming = LargestIncoming(geometry, choices);
+  const auto any =
+      static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(incoming + 2));
+  for (const std::int64_t budget : {incoming, incoming - 1, any}) {
+    if (budget < 0) continue;
+    geometry.capacity = std::max<std::int64_t>(1, geometry.CapacityFor(budget));
+    CheckPlans(geometry, choices, rng);
+  }
+}
+
+EP_TEST(MakesTheReferencesPlans) {
+  std::mt19937_64 rng(1);
+  const auto between = [&](std::int64_t low, std::int64_t high) {
+    return std::uniform_int_distribution<std::int64_t>(low, high)(rng);
+  };
+  for (const Routing routing : kAllRoutings) {
+    for (int i = 0; i < 6; ++i) {
+      CheckCapacities({.num_ranks = between(1, 8),
+                       .num_local_experts = between(1, 5),
+                       .num_tokens = between(0, 12),
+                       .num_topk = between(1, 6),
+                       .alignment = std::int64_t{1} << between(0, 4)},
+                      routing, rng);
+    }
+  }
+}
+
+// Several tiles per source, and more than a block has warps.
+EP_TEST(PlansManyTokens) {
+  std::mt19937_64 rng(2);
+  for (const Routing routing : kAllRoutings) {
+    CheckCapacities({.num_ranks = 3,
+                     .num_local_experts = 4,
+                     .num_tokens = 301,
+                     .num_topk = 3,
+                     .alignment = 8},
+                    routing, rng);
+  }
+  // Exactly full tiles, and a token that two tiles share.
+  for (const std::int64_t topk : {1, 3}) {
+    CheckCapacities({.num_ranks = 2, .num_tokens = 512, .num_topk = topk},
+                    Routing::kHoles, rng);
+  }
+}
+
+// More rows of tables than a block that lays out has warps, so that each sums a run.
+EP_TEST(PlansMoreTilesThanWarps) {
+  std::mt19937_64 rng(3);
+  for (const Routing routing : {Routing::kUniform, Routing::kOneExpert}) {
+    CheckCapacities({.num_ranks = 8,
+                     .num_local_experts = 2,
+                     .num_tokens = 600,
+                     .num_topk = 2,
+                     .alignment = 4},
+                    routing, rng);
+  }
+}
+
+// Groups of experts of which a warp lays out 32 at a time.
+EP_TEST(PlansManyLocalExperts) {
+  std::mt19937_64 rng(4);
+  for (const std::int64_t num_local : {31, 32, 33, 70}) {
+    CheckCapacities({.num_ranks = 2,
+                     .num_local_experts = num_local,
+                     .num_tokens = 100,
+                     .num_topk = 4,
+                     .alignment = 4},
+                    Routing::kUniform, rng);
+  }
+}
+
+// Around as many counters as shared memory has room for.
+EP_TEST(PlansMoreCountersThanSharedMemoryHolds) {
+  std::mt19937_64 rng(5);
+  for (const std::int64_t num_local : {511, 512}) {
+    CheckCapacities({.num_ranks = 2,
+                     .num_local_experts = num_local,
+                     .num_tokens = 150,
+                     .num_topk = 4,
+                     .alignment = 2},
+                    Routing::kDistinct, rng);
+  }
+  CheckCapacities({.num_ranks = 40, .num_local_experts = 30, .num_tokens = 4},
+                  Routing::kUniform, rng);
+}
+
+}  // namespace
+}  // namespace jax_ep
