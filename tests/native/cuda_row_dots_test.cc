@@ -1,0 +1,86 @@
+#include <cstdint>
+#include <random>
+#include <string>
+
+#include "check.h"
+#include "cpu/row_dots.h"
+#include "cuda/row_dots.h"
+#include "cuda_launches.h"
+#include "numbers.h"
+#include "plan_reference.h"
+#include "run_work.h"
+#include "stacked_ranks.h"
+
+namespace jax_ep {
+namespace {
+
+void CheckDots(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
+               std::mt19937_64& rng) {
+  const std::uint64_t seed = rng();
+  const Case which(std::string(Name(dtype)) + " H=" + Show(hidden) + " " +
+                   ranks.geometry.Text() + " seed=" + Show(seed));
+  emulation::SetSeed(seed);
+  Numbers rows = ranks.RowsOfChoices(dtype, hidden, rng);
+  Numbers dout(dtype, ranks.num_tokens() * hidden);
+  dout.FillRandomly(rng);
+  if (seed % 3 == 0) {
+    AddSpecials(rows, rng);
+    AddSpecials(dout, rng);
+  }
+  const std::int64_t num_ranks = ranks.geometry.num_ranks;
+  const StackedPeers peers(rows.at(0),
+                           ranks.geometry.capacity * hidden * ByteWidth(dtype),
+                           num_ranks, seed % 2 == 0);
+  Output<float> dots(ranks.num_choices(), rng);
+  Output<float> wanted = dots;
+  RowDotsArgs args = {.rows = peers.table(),
+                      .dout = dout.at(0),
+                      .topk_idx = ranks.topk_idx.data(),
+                      .send_row = ranks.send_row.data(),
+                      .dots = dots.data(),
+                      .num_tokens = ranks.geometry.num_tokens,
+                      .num_topk = ranks.geometry.num_topk,
+                      .num_local_experts = ranks.geometry.num_local_experts,
+                      .capacity = ranks.geometry.capacity,
+                      .hidden = hidden,
+                      .dtype = dtype};
+  if (!EP_CHECK_RAN(RowDots(args, num_ranks, nullptr))) return;
+  args.dots = wanted.data();
+  for (std::int64_t rank = 0; rank < num_ranks; ++rank) {
+    const RowDotsArgs own = args.OfStacked(rank);
+    RunShuffled(RowDotsWork(own), rng);
+  }
+  CheckSameNumbers(DType::kF32, dots.data(), wanted.data(), ranks.num_choices(),
+                   ranks.geometry.num_topk);
+  EP_CHECK(dots.IsIntactBehind());
+}
+
+EP_TEST(DotsOfKeptChoicesAndZerosOfDropped) {
+  std::mt19937_64 rng(1);
+  for (const DType dtype : kAllDTypes) {
+    for (const std::int64_t hidden : {0, 1, 63, 65, 200}) {
+      for (const Routing routing : kAllRoutings) {
+        for (const std::int64_t capacity : {8, 100}) {
+          const StackedRanks ranks({.num_ranks = 3,
+                                    .num_local_experts = 2,
+                                    .num_tokens = 10,
+                                    .num_topk = 4,
+                                    .capacity = capacity,
+                                    .alignment = 4},
+                                   routing, rng);
+          CheckDots(ranks, dtype, hidden, rng);
+        }
+      }
+    }
+  }
+}
+
+EP_TEST(DotsOfNoTokens) {
+  std::mt19937_64 rng(2);
+  const StackedRanks ranks({.num_ranks = 2, .num_tokens = 0, .num_topk = 2},
+                           Routing::kUniform, rng);
+  CheckDots(ranks, DType::kF16, 8, rng);
+}
+
+}  // namespace
+}  // namespace jax_ep
