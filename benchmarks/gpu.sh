@@ -74,7 +74,13 @@ build_libraries() {
 gpu_tests() {
   local parallel=()
   ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n 4)
-  JAX_EP_REQUIRE_GPU=1 "$python" -m pytest -q --tb=short --maxfail=20 tests -k gpu -p no:cacheprovider "${parallel[@]}"
+  local pytest=("$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider)
+  export JAX_EP_REQUIRE_GPU=1
+  # Calls of foreign code are recorded into CUDA graphs where XLA is told so.
+  XLA_FLAGS="--xla_gpu_enable_command_buffer=+FUSION,+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" \
+    "${pytest[@]}" tests/test_gpu.py
+  local graphs=$?
+  "${pytest[@]}" tests -k gpu "${parallel[@]}" && return "$graphs"
 }
 
 # Every buffer is an allocation of its own, so that what runs over one end is seen; kernels are

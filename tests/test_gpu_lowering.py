@@ -92,7 +92,8 @@ def test_backward() -> None:
 
 
 def over_mesh(num_ranks: int, implementation: str | None = None):
-    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,))
+    devices = jax.devices("cpu")[:num_ranks]
+    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
     def block(topk_idx):
         plan = jax_ep.make_plan(
