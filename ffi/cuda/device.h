@@ -41,28 +41,42 @@ __device__ inline std::int64_t WarpTotal(const std::int32_t* numbers,
 }
 
 // Reads what a peer wrote before this kernel began. Never by the read-only path, which
-// may hold what stood there before.
+// may hold what stood there before; and past the first-level cache, as nobody reads it
+// here again.
 template <typename Unit>
 __device__ inline Unit LoadPeer(const Unit* p) {
-  return *static_cast<const volatile Unit*>(p);
-}
-
 #if defined(__CUDA_ARCH__)
-template <>
-__device__ inline uint4 LoadPeer(const uint4* p) {
-  uint4 v;
-  // Volatile keeps it where it is; `weak` lets several be in flight.
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
+  Unit unit;
+  if constexpr (sizeof(Unit) == 16) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    __builtin_memcpy(&unit, &v, sizeof(unit));
+  } else if constexpr (sizeof(Unit) == 8) {
+    std::uint64_t v;
+    asm volatile("ld.global.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(p));
+    __builtin_memcpy(&unit, &v, sizeof(unit));
+  } else if constexpr (sizeof(Unit) == 4) {
+    std::uint32_t v;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    __builtin_memcpy(&unit, &v, sizeof(unit));
+  } else if constexpr (sizeof(Unit) == 2) {
+    std::uint16_t v;
+    asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    __builtin_memcpy(&unit, &v, sizeof(unit));
+  } else {
+    static_assert(sizeof(Unit) == 1);
+    std::uint16_t v;
+    asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(v) : "l"(p));
+    const auto byte = static_cast<std::uint8_t>(v);
+    __builtin_memcpy(&unit, &byte, sizeof(unit));
+  }
+  return unit;
 #else
-template <>
-__device__ inline uint4 LoadPeer(const uint4* p) {
   return *p;
-}
 #endif
+}
 
 // Returns whether all of these are multiples of `bytes`.
 template <typename... Addresses>

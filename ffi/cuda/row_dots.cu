@@ -13,17 +13,35 @@ namespace {
 constexpr int kSumsPerLane = 2;
 constexpr int kSums = kSumsPerLane * kWarpSize;
 
+// A lane's next elements, of which rows of odd length may not have two.
+template <typename E>
+struct alignas(kSumsPerLane * sizeof(typename E::Storage)) Pair {
+  typename E::Storage at[kSumsPerLane];
+};
+
 template <typename E>
 __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
   using Sum = typename E::Sum;
-  const auto* x = static_cast<const typename E::Storage*>(a);
-  const auto* y = static_cast<const typename E::Storage*>(b);
+  using Storage = typename E::Storage;
+  const auto* x = static_cast<const Storage*>(a);
+  const auto* y = static_cast<const Storage*>(b);
   Sum sums[kSumsPerLane] = {};
+  const std::int64_t first = Lane() * kSumsPerLane;
+  if (hidden % kSumsPerLane == 0) {
 #pragma unroll 4
-  for (std::int64_t h = Lane() * kSumsPerLane; h < hidden; h += kSums) {
+    for (std::int64_t h = first; h < hidden; h += kSums) {
+      const auto p = LoadPeer(reinterpret_cast<const Pair<E>*>(x + h));
+      const auto q = *reinterpret_cast<const Pair<E>*>(y + h);
 #pragma unroll
-    for (int i = 0; i < kSumsPerLane; ++i) {
-      if (h + i < hidden) {
+      for (int i = 0; i < kSumsPerLane; ++i) {
+        sums[i] = Fma(E::Load(p.at[i]), E::Load(q.at[i]), sums[i]);
+      }
+    }
+  } else {
+    for (std::int64_t h = first; h < hidden; h += kSums) {
+#pragma unroll
+      for (int i = 0; i < kSumsPerLane; ++i) {
+        if (h + i == hidden) break;
         sums[i] = Fma(E::Load(LoadPeer(x + h + i)), E::Load(y[h + i]), sums[i]);
       }
     }
