@@ -2,6 +2,7 @@
 #define JAX_EP_FFI_BIND_CPU_EXCHANGE_H_
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -48,10 +49,10 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   CallReader reader(operands, results, attributes);
   const typename Op::Args first = Op::Read(reader);
   if (reader.failed()) return reader.error();
+  const std::int64_t count = reader.where().num_stacked;
   std::vector<typename Op::Args> args;
-  for (std::int64_t i = 0; i < reader.where().num_stacked; ++i) {
-    args.push_back(first.OfStacked(i));
-  }
+  args.reserve(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i) args.push_back(first.OfStacked(i));
   std::vector<Work> works;
   works.reserve(args.size());
   for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));

@@ -1,3 +1,4 @@
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -16,8 +17,8 @@ namespace {
 
 struct GatherRowsOp {
   using Args = GatherRowsArgs;
-  static constexpr auto Read = ReadGatherRows;
-  static constexpr auto MakeWork = GatherRowsWork;
+  static Args Read(CallReader& reader) { return ReadGatherRows(reader); }
+  static Work MakeWork(const Args& args) { return GatherRowsWork(args); }
   static Lent LentBy(const Args& args) {
     return {args.x[0], args.scaled ? args.weights[0] : nullptr};
   }
@@ -45,8 +46,8 @@ struct PullRows {
 };
 
 struct ReduceRowsOp : PullRows<ReduceRowsArgs> {
-  static constexpr auto Read = ReadReduceRows;
-  static constexpr auto MakeWork = ReduceRowsWork;
+  static Args Read(CallReader& reader) { return ReadReduceRows(reader); }
+  static Work MakeWork(const Args& args) { return ReduceRowsWork(args); }
   static CallPrint PrintOf(const Args& args) {
     return PullRows::PrintOf(
         args.weights != nullptr ? "combine" : "combine with unit weights", args);
@@ -54,8 +55,8 @@ struct ReduceRowsOp : PullRows<ReduceRowsArgs> {
 };
 
 struct RowDotsOp : PullRows<RowDotsArgs> {
-  static constexpr auto Read = ReadRowDots;
-  static constexpr auto MakeWork = RowDotsWork;
+  static Args Read(CallReader& reader) { return ReadRowDots(reader); }
+  static Work MakeWork(const Args& args) { return RowDotsWork(args); }
   static CallPrint PrintOf(const Args& args) {
     return PullRows::PrintOf("gradient of combine in its weights", args);
   }
@@ -119,6 +120,7 @@ ffi::Error PlanStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   PlanCall call = ReadPlan(reader);
   if (reader.failed()) return reader.error();
   std::vector<PlanOutputs> outputs;
+  outputs.reserve(static_cast<std::size_t>(call.args.num_ranks));
   for (std::int64_t i = 0; i < call.args.num_ranks; ++i) {
     outputs.push_back(call.args.OfStacked(call.first, i));
   }
