@@ -4,13 +4,31 @@
 #include <sched.h>
 #endif
 
+#include <atomic>
+#include <chrono>
+
 namespace jax_ep {
 
 #if defined(__linux__)
 
 int ThisCore() { return sched_getcpu(); }
 
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A move that takes longer than this found the other cores busy, and waited its turn
+// there. Then nobody moves for a while.
+constexpr std::chrono::microseconds kPromptly{500};
+constexpr std::chrono::milliseconds kPause{50};
+
+std::atomic<Clock::time_point> stay_until{Clock::time_point::min()};
+
+}  // namespace
+
 void LeaveCore() {
+  const Clock::time_point begin = Clock::now();
+  if (begin < stay_until.load(std::memory_order_relaxed)) return;
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
   cpu_set_t others = allowed;
@@ -19,6 +37,10 @@ void LeaveCore() {
   // The first call moves it, the second leaves it free to go where it was.
   if (sched_setaffinity(0, sizeof(others), &others) != 0) return;
   sched_setaffinity(0, sizeof(allowed), &allowed);
+  const Clock::time_point end = Clock::now();
+  if (end - begin > kPromptly) {
+    stay_until.store(end + kPause, std::memory_order_relaxed);
+  }
 }
 
 #else

@@ -6,7 +6,8 @@ namespace jax_ep {
 // Returns the core that this thread runs on, or -1 where the system does not say.
 int ThisCore();
 
-// Moves this thread to another of the cores that it may use, if there is one.
+// Moves this thread to another of the cores that it may use, if there is one, and if
+// they have not just been found busy.
 void LeaveCore();
 
 }  // namespace jax_ep

