@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jaxlib.version
+from jax._src import distributed
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -29,6 +30,11 @@ def manual_axes() -> tuple[str, ...]:
     """Returns the mesh axes that the enclosing ``shard_map`` made manual, in mesh order."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in mesh.axis_names if name in mesh.manual_axes)
+
+
+def distributed_client() -> Any:
+    """Returns the client of the key-value store of JAX's distributed runtime, or None."""
+    return distributed.global_state.client
 
 
 def ffi_minor_version() -> int:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Num
 
-from jax_ep._compat import ffi_minor_version, result_type
+from jax_ep import _processes
+from jax_ep._compat import ffi_minor_version, result_type, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._plan import Plan, PlanArrays
 
@@ -39,8 +40,8 @@ def unavailable_reason(layout: Layout | None = None) -> str | None:
         return f"there is native code for cpu and gpu, and the default backend is {platform!r}"
     if (reason := _library_problem(platform)) is not None:
         return reason
-    if (count := jax.process_count()) > 1:
-        return f"native code serves the devices of one process, and this job has {count} processes"
+    if jax.process_count() > 1 and (reason := _processes_problem(platform)) is not None:
+        return reason
     return None if layout is None else _unserved(platform, layout)
 
 
@@ -198,6 +199,7 @@ def reduce_rows(
         _or_empty(weights, rows),
         plan._topk_idx,
         plan._send_row,
+        published=(plan._recv_row, plan.recv_counts),
     )
 
 
@@ -218,20 +220,64 @@ def row_dots(
         dout,
         plan._topk_idx,
         plan._send_row,
+        published=(plan._recv_row, plan.recv_counts),
     )
 
 
 OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
 
 
-def _call(op: str, results: Any, layout: Layout, *operands: Array, **attributes: int) -> Any:
+def _call(
+    op: str,
+    results: Any,
+    layout: Layout,
+    *operands: Array,
+    published: tuple[Array, ...] = (),
+    **attributes: int,
+) -> Any:
     _register(_platform())
     for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
         attributes[name] = getattr(layout, name)
     # A plain vmap around the ranks' own: independent exchanges, in turn.
     fabric = layout.fabric if layout.num_ranks > 1 else "stacked"  # one rank meets nobody
+    if fabric == "devices":
+        attributes["num_processes"] = 1
+        if jax.process_count() > 1:
+            more, spanning = _spanning(layout, operands[0], operands, published)
+            operands += more
+            attributes |= spanning
     call = jax.ffi.ffi_call(f"jax_ep_{op}_{fabric}", results, vmap_method="sequential")
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
+
+
+def _processes_problem(platform: Platform) -> str | None:
+    if platform != "cpu":
+        return f"native code on GPUs serves one process, and this job has {jax.process_count()}"
+    return _processes.join(_library("cpu"))
+
+
+def _spanning(
+    layout: Layout, rank: Array, operands: tuple[Array, ...], published: tuple[Array, ...]
+) -> tuple[tuple[Array, ...], dict[str, int]]:
+    """Returns what a call needs beside its operands where its ranks may be in several processes.
+
+    When a device first runs the call, all ranks tell each other in which process they are and what
+    number the call has there. XLA knows who they are, and only XLA, so its all-gather carries that.
+    """
+    roll = jax.ffi.ffi_call("jax_ep_roll_call", result_type((2,), jnp.int32, rank))(rank, *operands)
+    told = result_type((layout.num_ranks, 2), jnp.int32, rank)
+    rolls = jax.lax.cond(
+        roll[0] >= 0,
+        lambda: vary_over(
+            jax.lax.all_gather(roll, layout.axis_name, tiled=False).reshape(told.shape),
+            varying_axes(roll),
+        ),
+        lambda: vary_over(jnp.full(told.shape, -1, jnp.int32), varying_axes(roll)),
+    )
+    if not published:
+        published = (jnp.zeros_like(rank, shape=(0,)),) * 2
+    attributes = {"num_processes": jax.process_count(), "published_rows": published[0].shape[0]}
+    return (rolls, *published), attributes
 
 
 def _whereabouts(rank: Array, plan: Plan) -> tuple[Array, Array, Array]:
@@ -255,6 +301,7 @@ def _library(platform: Platform) -> ctypes.CDLL:
         library.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
         return library
     library.jax_ep_instruction_set.restype = ctypes.c_char_p
+    library.jax_ep_wait_timeout.restype = ctypes.c_double
     library.jax_ep_set_wait_timeout.restype = ctypes.c_double
     library.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
     library.jax_ep_call_site_type_id.restype = ctypes.c_void_p
@@ -305,6 +352,8 @@ def _register_once(platform: Platform) -> None:
         },
         platform="cpu",
     )
+    roll_call = {"instantiate": "jax_ep_new_call_site", "execute": "jax_ep_roll_call"}
+    _register_target(platform, "jax_ep_roll_call", roll_call)
     for op in OPS:
         stages = {"instantiate": "jax_ep_new_call_site", "execute": f"jax_ep_{op}_devices"}
         _register_target(platform, f"jax_ep_{op}_devices", stages)

@@ -15,14 +15,19 @@
 namespace jax_ep {
 namespace {
 
-// The steady clock cannot hold every number of seconds; a year is as good as for ever.
-constexpr std::chrono::duration<double> kLongest{3.15e7};
-
 // Failed meetings are remembered for ranks that come late. A rank that never comes
 // leaves one behind, so there is a limit to how many.
 constexpr std::size_t kMaxOpen = 4096;
 
-std::string Ranks(const std::vector<std::int32_t>& ranks) {
+std::string Describe(const CallPrint& print) {
+  return std::string(print.op) + " of [" + std::to_string(print.dims[0]) + " rows, " +
+         std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
+         std::to_string(print.plan);
+}
+
+}  // namespace
+
+std::string RankList(const std::vector<std::int32_t>& ranks) {
   std::string text = ranks.size() == 1 ? "rank" : "ranks";
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
@@ -36,15 +41,6 @@ std::string Seconds(std::chrono::duration<double> duration) {
   return text.data();
 }
 
-std::string Describe(const CallPrint& print) {
-  return std::string(print.op) + " of [" + std::to_string(print.dims[0]) + " rows, " +
-         std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
-         std::to_string(print.plan);
-}
-
-// Tells that the work is done. What a rank does next may wait for its peers, so each
-// could be told on a thread of its own; but as a rule it takes less time than waking
-// one.
 void TellAll(std::vector<Done> untold, const Schedule& schedule) {
   struct Untold {
     explicit Untold(std::vector<Done> all) : done(std::move(all)) {}
@@ -71,26 +67,31 @@ void TellAll(std::vector<Done> untold, const Schedule& schedule) {
   }
 }
 
-}  // namespace
-
 bool CallPrint::operator==(const CallPrint& other) const {
   return std::strcmp(op, other.op) == 0 && dims == other.dims && plan == other.plan;
 }
 
-MeetingPoint::Meeting::Meeting(const Attendance& first)
+Meeting::Meeting(const Attendance& first)
     : key(first.key),
       print(first.print),
+      span(first.span),
+      lent_bytes(first.lent_bytes),
       first_rank(first.rank),
       present(static_cast<std::size_t>(first.num_ranks)),
-      works(static_cast<std::size_t>(first.num_ranks)),
-      done(static_cast<std::size_t>(first.num_ranks)) {
-  for (auto& table : tables) table.resize(static_cast<std::size_t>(first.num_ranks));
+      works(present.size()),
+      publications(present.size()),
+      done(present.size()) {
+  for (auto& table : tables) table.resize(present.size());
+  for (std::size_t rank = 0; rank < present.size(); ++rank) {
+    if (IsExpected(rank)) ++num_expected;
+  }
 }
 
-std::vector<std::int32_t> MeetingPoint::Meeting::Missing() const {
+std::vector<std::int32_t> Meeting::Missing() const {
   std::vector<std::int32_t> missing;
   for (std::size_t rank = 0; rank < present.size(); ++rank) {
-    if (!present[rank]) missing.push_back(static_cast<std::int32_t>(rank));
+    if (IsExpected(rank) && !present[rank])
+      missing.push_back(static_cast<std::int32_t>(rank));
   }
   return missing;
 }
@@ -108,6 +109,11 @@ std::chrono::duration<double> MeetingPoint::SetTimeout(
     std::chrono::duration<double> timeout) {
   const std::scoped_lock lock(mutex_);
   return std::exchange(timeout_, timeout);
+}
+
+std::chrono::duration<double> MeetingPoint::timeout() const {
+  const std::scoped_lock lock(mutex_);
+  return timeout_;
 }
 
 void MeetingPoint::Attend(const Attendance& attendance) {
@@ -133,6 +139,10 @@ void MeetingPoint::Attend(const Attendance& attendance) {
     attendance.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
   }
   if (failed || !is_last) return;
+  if (meeting->span) {
+    meeting->span->relay->Take(meeting);
+    return;
+  }
   RunTogether(std::move(meeting->works), attendance.schedule);
   meeting->done.erase(meeting->done.begin() + attendance.rank);
   TellAll(std::move(meeting->done), attendance.schedule);
@@ -142,8 +152,7 @@ void MeetingPoint::Attend(const Attendance& attendance) {
 // The oldest meeting of this key that the rank has not been to: in a loop, each rank
 // comes to the same call once per turn. A device that repeats a rank (because the mesh
 // has axes that the exchange does not know) finds its own.
-std::shared_ptr<MeetingPoint::Meeting> MeetingPoint::Join(
-    const Attendance& attendance) {
+std::shared_ptr<Meeting> MeetingPoint::Join(const Attendance& attendance) {
   const auto rank = static_cast<std::size_t>(attendance.rank);
   for (const auto& meeting : open_) {
     if (meeting->key == attendance.key && !meeting->present[rank]) return meeting;
@@ -151,7 +160,7 @@ std::shared_ptr<MeetingPoint::Meeting> MeetingPoint::Join(
   auto meeting = std::make_shared<Meeting>(attendance);
   meeting->timeout = timeout_;
   meeting->deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                         std::min(timeout_, kLongest));
+                                         std::min(timeout_, kLongestWait));
   open_.push_back(meeting);
   if (open_.size() > kMaxOpen) {
     const auto failed = std::ranges::find_if(
@@ -171,21 +180,25 @@ void MeetingPoint::Register(const Attendance& attendance, Meeting& meeting) {
     tables[i] = meeting.tables[i].data();
   }
   meeting.works[rank] = attendance.make_work(tables);
+  meeting.publications[rank] = attendance.make_publication;
   meeting.done[rank] = attendance.done;
 }
 
-// Returns whom to tell: all that came and have not been told.
 std::vector<MeetingPoint::Notice> MeetingPoint::Fail(Meeting& meeting,
-                                                     std::string failure) {
-  meeting.failure = std::move(failure);
+                                                     const std::string& failure) {
+  meeting.failure = failure;
+  if (meeting.span) meeting.span->relay->Break(failure);
+  return meeting.TakeNotices(failure);
+}
+
+std::vector<Meeting::Notice> Meeting::TakeNotices(const std::string& why) {
   std::vector<Notice> notices;
-  for (std::size_t rank = 0; rank < meeting.done.size(); ++rank) {
-    if (!meeting.done[rank]) continue;
-    notices.push_back({.done = std::exchange(meeting.done[rank], nullptr),
-                       .failure = std::string(meeting.print.op) + ": rank " +
-                                  std::to_string(rank) + " of " +
-                                  std::to_string(meeting.done.size()) +
-                                  " gave up, because " + *meeting.failure});
+  for (std::size_t rank = 0; rank < done.size(); ++rank) {
+    if (!done[rank]) continue;
+    notices.push_back(
+        {.done = std::exchange(done[rank], nullptr),
+         .failure = std::string(print.op) + ": rank " + std::to_string(rank) + " of " +
+                    std::to_string(done.size()) + " gave up, because " + why});
   }
   return notices;
 }
@@ -246,7 +259,7 @@ std::vector<MeetingPoint::Notice> MeetingPoint::FailExpired() {
     if (meeting->failure || meeting->deadline > Clock::now()) continue;
     std::string failure = "rank " + std::to_string(meeting->first_rank) + " waited " +
                           Seconds(meeting->timeout) + " for " +
-                          Ranks(meeting->Missing()) + " to come";
+                          RankList(meeting->Missing()) + " to come";
     for (const std::int32_t rank : meeting->Missing()) {
       failure += WhereIs(*meeting, rank);
     }

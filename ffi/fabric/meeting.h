@@ -46,6 +46,36 @@ using PeerTables = std::array<const void* const*, 2>;
 // Takes what went wrong, or nothing when the exchange is done.
 using Done = std::function<void(const std::optional<std::string>& failure)>;
 
+struct Meeting;
+
+// Takes an exchange on from where the ranks of this process have met.
+class Relay {
+ public:
+  virtual ~Relay() = default;
+
+  // Called when all ranks of this process have come; sees to it that all are told.
+  virtual void Take(std::shared_ptr<Meeting> meeting) = 0;
+
+  // Called when they will not come, while the meeting point is locked.
+  virtual void Break(const std::string& why) = 0;
+};
+
+// Ranks in several processes that exchange with each other.
+struct Span {
+  std::vector<std::int32_t> process_of;  // by rank
+  std::int32_t here;                     // this process
+  std::int64_t site;                     // the call's, the same in all processes
+  std::shared_ptr<Relay> relay;
+
+  bool IsHere(std::int64_t rank) const {
+    return process_of[static_cast<std::size_t>(rank)] == here;
+  }
+};
+
+// How a rank copies what it lends to where other processes can read it: its work, given
+// a place for each of its lent buffers.
+using MakePublication = std::function<Work(const std::array<void*, 2>& places)>;
+
 // One rank's part in an exchange.
 struct Attendance {
   MeetingKey key;
@@ -60,14 +90,67 @@ struct Attendance {
   Done done;
   // For helpers and for the peers' `done`; used only while Attend runs.
   Schedule schedule;
+  // If there are peers in other processes: who, how much of each lent buffer they are
+  // to find, and how it gets there.
+  std::shared_ptr<const Span> span = nullptr;
+  std::array<std::int64_t, 2> lent_bytes = {};
+  MakePublication make_publication = nullptr;
 };
+
+// The ranks of this process in one exchange, coming together.
+struct Meeting {
+  explicit Meeting(const Attendance& first);
+  bool IsComplete() const { return num_present == num_expected; }
+  bool IsExpected(std::size_t rank) const {
+    return span == nullptr || span->IsHere(static_cast<std::int64_t>(rank));
+  }
+  std::vector<std::int32_t> Missing() const;
+
+  // Takes out whom to tell, and what, when it has failed: all that came and have not
+  // been told.
+  struct Notice {
+    Done done;
+    std::string failure;
+  };
+  std::vector<Notice> TakeNotices(const std::string& why);
+
+  MeetingKey key;
+  CallPrint print;
+  std::shared_ptr<const Span> span;
+  std::array<std::int64_t, 2> lent_bytes;
+  std::int32_t first_rank;
+  std::chrono::steady_clock::time_point deadline;
+  std::chrono::duration<double> timeout{};
+  std::size_t num_present = 0;
+  std::size_t num_expected = 0;
+  std::vector<bool> present;
+  // The rest by rank too; empty for ranks of other processes.
+  std::array<std::vector<const void*>, 2> tables;
+  std::vector<Work> works;
+  std::vector<MakePublication> publications;
+  std::vector<Done> done;
+  std::optional<std::string> failure;
+};
+
+// Tells ranks that their exchange is done, by the tasks that it schedules. What a rank
+// does next may wait for its peers, so each could be told on a thread of its own; but
+// as a rule it takes less time than waking one.
+void TellAll(std::vector<Done> untold, const Schedule& schedule);
+
+// The steady clock cannot hold every number of seconds; a year is as good as for ever.
+inline constexpr std::chrono::duration<double> kLongestWait{3.15e7};
+
+// For errors: "rank 1", "ranks 1, 2", "1.5 s".
+std::string RankList(const std::vector<std::int32_t>& ranks);
+std::string Seconds(std::chrono::duration<double> duration);
 
 // Where the device threads of one process meet. A rank that arrives leaves its buffers
 // and its work, and its thread goes on: a thread that waited here could be the one that
 // a peer needs to arrive. The last to arrive runs the work of all ranks, with helpers,
 // and has everybody told. So lent buffers stay valid while they are read, and no rank
 // is told before everybody's work has ended. If peers do not come in time, those that
-// came are told so by a thread that otherwise sleeps.
+// came are told so by a thread that otherwise sleeps. An exchange that spans processes
+// is handed to its relay instead, once the ranks of this process have come.
 class MeetingPoint {
  public:
   MeetingPoint() = default;
@@ -81,37 +164,16 @@ class MeetingPoint {
 
   // Sets how long a rank waits for its peers, from now on; returns the limit until now.
   std::chrono::duration<double> SetTimeout(std::chrono::duration<double> timeout);
+  std::chrono::duration<double> timeout() const;
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  struct Meeting {
-    explicit Meeting(const Attendance& first);
-    bool IsComplete() const { return num_present == present.size(); }
-    std::vector<std::int32_t> Missing() const;
-
-    MeetingKey key;
-    CallPrint print;
-    std::int32_t first_rank;
-    Clock::time_point deadline;
-    std::chrono::duration<double> timeout{};
-    std::size_t num_present = 0;
-    std::vector<bool> present;
-    std::array<std::vector<const void*>, 2> tables;
-    std::vector<Work> works;
-    std::vector<Done> done;
-    std::optional<std::string> failure;
-  };
-
-  // A call to make once the mutex is free.
-  struct Notice {
-    Done done;
-    std::string failure;
-  };
+  using Notice = Meeting::Notice;
 
   std::shared_ptr<Meeting> Join(const Attendance& attendance);
   void Register(const Attendance& attendance, Meeting& meeting);
-  std::vector<Notice> Fail(Meeting& meeting, std::string failure);
+  std::vector<Notice> Fail(Meeting& meeting, const std::string& failure);
   void Forget(const Meeting& meeting);
   std::string WhereIs(const Meeting& meeting, std::int32_t rank) const;
   void WatchUntil(Clock::time_point deadline);
@@ -119,7 +181,7 @@ class MeetingPoint {
   std::vector<Notice> FailExpired();
   Clock::time_point NextDeadline() const;
 
-  std::mutex mutex_;                           // guards all below
+  mutable std::mutex mutex_;                   // guards all below
   std::deque<std::shared_ptr<Meeting>> open_;  // gathering or failed, oldest first
   std::chrono::duration<double> timeout_{60.0};
   std::thread watcher_;

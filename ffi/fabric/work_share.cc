@@ -108,11 +108,12 @@ void WorkShare::AwaitEnd() const {
   }
 }
 
-void RunTogether(std::vector<Work> works, const Schedule& schedule) {
+void RunTogether(std::vector<Work> works, const Schedule& schedule,
+                 std::int64_t max_threads) {
   // Helpers may be run after this has returned: they find nothing left to take.
   const auto together = std::make_shared<Together>(std::move(works));
   WorkShare& share = together->share;
-  const std::int64_t wanted = UsefulThreads(share.num_chunks());
+  const std::int64_t wanted = std::min(max_threads, share.num_chunks());
   for (std::int64_t i = 1; i < wanted; ++i) schedule([together] { Help(*together); });
   using Clock = std::chrono::steady_clock;
   bool waits_for_help = wanted > 1;
@@ -125,9 +126,9 @@ void RunTogether(std::vector<Work> works, const Schedule& schedule) {
   share.AwaitEnd();
 }
 
-std::int64_t UsefulThreads(std::int64_t num_chunks) {
+std::int64_t NumCores() {
   static const std::int64_t cores = std::max(1U, std::thread::hardware_concurrency());
-  return std::min(cores, num_chunks);
+  return cores;
 }
 
 }  // namespace jax_ep

@@ -50,15 +50,15 @@ class WorkShare {
 // Runs tasks on some thread, at some time, or never.
 using Schedule = std::function<void(std::function<void()>)>;
 
+std::int64_t NumCores();
+
 // Runs works whose peers are all on this thread's device: no rank is waited for.
 // Helpers are scheduled where there are cores for them, and work on other cores than
 // this thread. A system that saves itself the search for an idle core in a busy moment
 // would have them wait behind it, or take turns with it, while another core has nothing
 // to do: for as long as a tick of its scheduler, which is the time of many an exchange.
-void RunTogether(std::vector<Work> works, const Schedule& schedule);
-
-// Returns how many threads are worth having for `num_chunks`: at most one per core.
-std::int64_t UsefulThreads(std::int64_t num_chunks);
+void RunTogether(std::vector<Work> works, const Schedule& schedule,
+                 std::int64_t max_threads = NumCores());
 
 }  // namespace jax_ep
 

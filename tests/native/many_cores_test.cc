@@ -18,13 +18,6 @@ unsigned int std::thread::hardware_concurrency() noexcept { return 8; }
 namespace jax_ep {
 namespace {
 
-EP_TEST(ThreadsAreAtMostCoresAndChunks) {
-  EP_CHECK_EQ(UsefulThreads(0), 0);
-  EP_CHECK_EQ(UsefulThreads(3), 3);
-  EP_CHECK_EQ(UsefulThreads(8), 8);
-  EP_CHECK_EQ(UsefulThreads(1000), 8);
-}
-
 // Counts what it is given, and runs it there and then, or never.
 struct CountedTasks {
   Schedule schedule(bool run) {

@@ -4,13 +4,19 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bind/call_reader.h"
+#include "cpu/publish_rows.h"
+#include "fabric/host.h"
 #include "fabric/meeting.h"
 #include "fabric/work_share.h"
 #include "xla/ffi/api/ffi.h"
@@ -23,11 +29,30 @@ namespace jax_ep {
 struct CallSite {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
+
+  // Returns whether a device runs the call for the first time.
+  bool IsNewTo(std::int32_t device);
+
+  // The ranks that a device's rank meets at this call, in which processes they are;
+  // told on its first run and remembered. `processes` and `sites` say, by rank, where
+  // it is and what number the roll call has there, or -1 if it was told before.
+  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(
+      std::int32_t device, std::int32_t group, const std::int32_t* roll,
+      std::int64_t num_ranks);
+
   std::int64_t number;
+
+ private:
+  std::mutex mutex_;  // guards all below
+  std::set<std::int32_t> devices_;
+  std::map<std::int32_t, std::shared_ptr<const Span>> spans_;  // by device
 };
 
 // Where the devices of this process meet.
 MeetingPoint& ProcessMeetingPoint();
+
+// This process among the others on its host, or null if it has not met them.
+Host* ProcessHost();
 
 Schedule ScheduleOn(ffi::ThreadPool& pool);
 
@@ -41,6 +66,8 @@ void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 //   Lent LentBy(const Args&): what a rank's peers read, of its buffers or its Args
 //   void SetPeers(Args&, const PeerTables&)
 //   CallPrint PrintOf(const Args&), but for the plan
+//   PublishRowsArgs PublicationOf(const Args&, const Published&): what other processes
+//     are to find of a rank's lent buffers
 
 // Runs an exchange of ranks whose operands are stacked on one device.
 template <typename Op>
@@ -64,15 +91,25 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
 template <typename Op>
 struct PendingCall {
   typename Op::Args args;
+  PublishRowsArgs publication;
   ffi::Promise promise;
 };
 
-// Takes part in an exchange with the other devices of the process. Returns without
+// What only a call says that may span processes.
+struct SpanningCall {
+  const std::int32_t* roll;      // [num_ranks, 2], see CallSite
+  const std::int32_t* recv_row;  // as in GatherRowsArgs
+  const std::int32_t* recv_counts;
+};
+
+SpanningCall ReadSpanningCall(CallReader& reader);
+
+// Takes part in an exchange with the other devices. Returns without
 // waiting for them: XLA goes on with what does not need the result.
 template <typename Op>
-ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPool pool,
-                            ffi::RemainingArgs operands, ffi::RemainingRets results,
-                            ffi::Dictionary attributes) {
+ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
+                            ffi::ThreadPool pool, ffi::RemainingArgs operands,
+                            ffi::RemainingRets results, ffi::Dictionary attributes) {
   const auto call = std::make_shared<PendingCall<Op>>();
   ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
@@ -82,12 +119,32 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
     reader.Require(*where.rank >= 0 && *where.rank < where.num_ranks,
                    "a rank of these");
   }
+  std::shared_ptr<const Span> span;
+  if (reader.Attribute("num_processes") > 1) {
+    const SpanningCall spanning = ReadSpanningCall(reader);
+    if (!reader.failed()) {
+      auto found = site->SpanOf(device, *where.group, spanning.roll, where.num_ranks);
+      if (auto* problem = std::get_if<std::string>(&found)) {
+        call->promise.SetError(ffi::Error::InvalidArgument("jax_ep: " + *problem));
+        return future;
+      }
+      span = std::move(std::get<std::shared_ptr<const Span>>(found));
+      if (span) call->publication = Op::PublicationOf(call->args, spanning, *span);
+    }
+  }
   if (reader.failed()) {
     call->promise.SetError(reader.error());
     return future;
   }
+  if constexpr (requires { call->args.makes_all; }) {
+    // The first rank of this process.
+    std::int32_t first = 0;
+    while (span && !span->IsHere(first)) ++first;
+    call->args.makes_all = *where.rank == first;
+  }
   CallPrint print = Op::PrintOf(call->args);
   print.plan = *where.fingerprint;
+  const PublishRowsArgs& publication = call->publication;
   ProcessMeetingPoint().Attend({
       .key = {.run_id = run.run_id, .call_site = site->number, .group = *where.group},
       .print = print,
@@ -101,6 +158,15 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
           },
       .done = [call](const auto& failure) { Complete(call->promise, failure); },
       .schedule = ScheduleOn(pool),
+      .span = span,
+      .lent_bytes = {publication.num_rows * publication.row_bytes,
+                     publication.whole_bytes},
+      .make_publication =
+          [call](const std::array<void*, 2>& places) {
+            call->publication.to = places[0];
+            call->publication.whole_to = places[1];
+            return PublishRowsWork(call->publication);
+          },
   });
   return future;
 }
@@ -120,6 +186,7 @@ ffi::Future ExchangeDevices(const CallSite* site, ffi::RunId run, ffi::ThreadPoo
                                 xla::ffi::Ffi::Bind()                                 \
                                     .Ctx<xla::ffi::State<jax_ep::CallSite>>()         \
                                     .Ctx<xla::ffi::RunId>()                           \
+                                    .Ctx<xla::ffi::DeviceOrdinal>()                   \
                                     .Ctx<xla::ffi::ThreadPool>()                      \
                                     .RemainingArgs()                                  \
                                     .RemainingRets()                                  \

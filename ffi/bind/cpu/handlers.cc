@@ -7,6 +7,7 @@
 #include "bind/read_calls.h"
 #include "cpu/gather_rows.h"
 #include "cpu/plan.h"
+#include "cpu/publish_rows.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/row_dots.h"
 #include "fabric/meeting.h"
@@ -14,6 +15,16 @@
 
 namespace jax_ep {
 namespace {
+
+PublishRowsArgs PublishAll(const void* from, std::int64_t num_rows,
+                           std::int64_t row_bytes) {
+  PublishRowsArgs args = {};
+  args.from = from;
+  args.num_rows = num_rows;
+  args.row_bytes = row_bytes;
+  args.ranges = {{0, num_rows}};
+  return args;
+}
 
 struct GatherRowsOp {
   using Args = GatherRowsArgs;
@@ -30,6 +41,16 @@ struct GatherRowsOp {
     return {.op = args.scaled ? "gradient of combine" : "dispatch",
             .dims = {args.num_tokens, args.row_bytes}};
   }
+  static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall&,
+                                       const Span&) {
+    PublishRowsArgs whole = PublishAll(args.x[0], args.num_tokens, args.row_bytes);
+    if (args.scaled) {
+      whole.whole_from = args.weights[0];
+      whole.whole_bytes =
+          args.num_tokens * args.num_topk * static_cast<std::int64_t>(sizeof(float));
+    }
+    return whole;
+  }
 };
 
 // What the two exchanges have in common in which each token pulls its choices' rows.
@@ -42,6 +63,26 @@ struct PullRows {
   }
   static CallPrint PrintOf(const char* op, const Args& args) {
     return {.op = op, .dims = {args.capacity, args.hidden * ByteWidth(args.dtype)}};
+  }
+  // Only the rows that ranks elsewhere pull, as each is pulled by one token's rank.
+  static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall& call,
+                                       const Span& span) {
+    PublishRowsArgs some =
+        PublishAll(args.rows[0], args.capacity, args.hidden * ByteWidth(args.dtype));
+    some.rows = call.recv_row;
+    some.ranges.clear();
+    std::int64_t end = 0;
+    for (std::size_t rank = 0; rank < span.process_of.size(); ++rank) {
+      const std::int64_t begin = end;
+      end += call.recv_counts[rank];
+      if (begin == end || span.IsHere(static_cast<std::int64_t>(rank))) continue;
+      if (!some.ranges.empty() && some.ranges.back().second == begin) {
+        some.ranges.back().second = end;
+      } else {
+        some.ranges.emplace_back(begin, end);
+      }
+    }
+    return some;
   }
 };
 
@@ -82,15 +123,12 @@ ParallelFor OnThisThread() {
 struct PlanOp {
   struct Args {
     PlanArgs plan;
-    PlanOutputs own;  // lent to the rank that makes all plans
-    bool is_first;    // whether that is this rank
+    PlanOutputs own;  // lent to the rank that makes all plans of its process
+    bool makes_all;   // whether that is this rank
   };
   static Args Read(CallReader& reader) {
     const PlanCall call = ReadPlan(reader);
-    const std::int32_t* rank = reader.where().rank;
-    return {.plan = call.args,
-            .own = call.first,
-            .is_first = rank != nullptr && *rank == 0};
+    return {.plan = call.args, .own = call.first, .makes_all = false};
   }
   static Lent LentBy(const Args& args) { return {args.plan.topk_idx[0], &args.own}; }
   static void SetPeers(Args& args, const PeerTables& tables) {
@@ -103,13 +141,19 @@ struct PlanOp {
         .dims = {args.plan.num_tokens,
                  args.plan.num_topk * static_cast<std::int64_t>(sizeof(std::int32_t))}};
   }
-  // All plans together cost as much as one, and less than waking a helper: the first
+  static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall&,
+                                       const Span&) {
+    return PublishAll(
+        args.plan.topk_idx[0], 1,
+        args.plan.choices_per_rank() * static_cast<std::int64_t>(sizeof(std::int32_t)));
+  }
+  // All plans together cost as much as one, and less than waking a helper: one
   // rank's work makes them all, and the others have none.
   static Work MakeWork(const Args& args) {
     const auto run = [](const void* opaque, std::int64_t) {
       RunPlan(static_cast<const Args*>(opaque)->plan, OnThisThread());
     };
-    return {.args = &args, .run = run, .num_chunks = args.is_first ? 1 : 0};
+    return {.args = &args, .run = run, .num_chunks = args.makes_all ? 1 : 0};
   }
 };
 

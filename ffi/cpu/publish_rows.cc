@@ -1,0 +1,54 @@
+#include "cpu/publish_rows.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/output_pages.h"
+#include "cpu/row_math.h"
+
+namespace jax_ep {
+namespace {
+
+// Entries [begin, end) of all ranges put together.
+void CopyEntries(const PublishRowsArgs& args, std::int64_t begin, std::int64_t end) {
+  const RowMath& math = BestRowMath();
+  const bool stream = StreamsOutput(args.NumEntries() * args.row_bytes);
+  const auto* from = static_cast<const char*>(args.from);
+  auto* to = static_cast<char*>(args.to);
+  std::int64_t first = 0;
+  for (const auto& [range_begin, range_end] : args.ranges) {
+    const std::int64_t count = range_end - range_begin;
+    const std::int64_t from_entry = std::max<std::int64_t>(begin - first, 0);
+    const std::int64_t to_entry = std::min(end - first, count);
+    for (std::int64_t i = from_entry; i < to_entry; ++i) {
+      const std::int64_t entry = range_begin + i;
+      const std::int64_t row = args.rows == nullptr ? entry : args.rows[entry];
+      void* target = to + row * args.row_bytes;
+      math.copy(from + row * args.row_bytes, &target, 1, args.row_bytes, stream);
+    }
+    first += count;
+  }
+  math.fence();
+}
+
+void RunChunk(const void* opaque, std::int64_t chunk) {
+  const auto& args = *static_cast<const PublishRowsArgs*>(opaque);
+  if (chunk == 0 && args.whole_bytes > 0) {
+    std::memcpy(args.whole_to, args.whole_from,
+                static_cast<std::size_t>(args.whole_bytes));
+  }
+  const std::int64_t step = ItemsPerChunk(args.row_bytes);
+  const std::int64_t begin = chunk * step;
+  CopyEntries(args, begin, std::min(begin + step, args.NumEntries()));
+}
+
+}  // namespace
+
+Work PublishRowsWork(const PublishRowsArgs& args) {
+  return {.args = &args,
+          .run = RunChunk,
+          .num_chunks = CeilDiv(args.NumEntries(), ItemsPerChunk(args.row_bytes))};
+}
+
+}  // namespace jax_ep

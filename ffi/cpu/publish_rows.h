@@ -1,0 +1,38 @@
+#ifndef JAX_EP_FFI_CPU_PUBLISH_ROWS_H_
+#define JAX_EP_FFI_CPU_PUBLISH_ROWS_H_
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "cpu/work.h"
+
+namespace jax_ep {
+
+// Copies the rows of a buffer that other processes read to the same rows of a window.
+struct PublishRowsArgs {
+  const void* from;          // [num_rows, row_bytes]
+  void* to;                  // [num_rows, row_bytes]
+  const std::int32_t* rows;  // which, or null: all from the first on
+  // Entries of `rows`, [begin, end) each, that are copied.
+  std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
+  std::int64_t num_rows;
+  std::int64_t row_bytes;
+  // A small second buffer, copied whole.
+  const void* whole_from;
+  void* whole_to;
+  std::int64_t whole_bytes;
+
+  std::int64_t NumEntries() const {
+    std::int64_t sum = 0;
+    for (const auto& [begin, end] : ranges) sum += end - begin;
+    return sum;
+  }
+};
+
+// Returns the work. `args` is read when it runs and must live until then.
+Work PublishRowsWork(const PublishRowsArgs& args);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_CPU_PUBLISH_ROWS_H_

@@ -1,0 +1,410 @@
+#include "fabric/channel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "fabric/futex.h"
+
+namespace jax_ep {
+namespace {
+
+// Longer than a process that runs takes to answer, shorter than waking one up.
+constexpr std::chrono::microseconds kSpin{30};
+
+// How soon the end of a process is noticed.
+constexpr std::chrono::milliseconds kLook{50};
+
+constexpr std::size_t kAlignment = 64;
+
+void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+std::size_t HalfOf(Epoch epoch) { return epoch % 2; }
+
+std::size_t Aligned(std::int64_t bytes) {
+  return (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// Where the lent buffers of a process's ranks lie in a half: one rank after the other.
+struct HalfLayout {
+  explicit HalfLayout(const std::array<std::int64_t, 2>& lent)
+      : lent_bytes(lent), rank_bytes(Aligned(lent[0]) + Aligned(lent[1])) {}
+
+  std::size_t BytesOf(std::size_t num_ranks) const {
+    return std::max(num_ranks * rank_bytes, kAlignment);
+  }
+  // Null for what is not published.
+  template <typename Byte>
+  std::array<Byte*, 2> Places(Byte* half, std::size_t index) const {
+    Byte* first = half + index * rank_bytes;
+    return {lent_bytes[0] > 0 ? first : nullptr,
+            lent_bytes[1] > 0 ? first + Aligned(lent_bytes[0]) : nullptr};
+  }
+
+  std::array<std::int64_t, 2> lent_bytes;
+  std::size_t rank_bytes;
+};
+
+SharedPrint PrintOf(const CallPrint& print) {
+  SharedPrint shared = {.op = {}, .dims = print.dims, .plan = print.plan};
+  std::strncpy(shared.op.data(), print.op, shared.op.size() - 1);
+  return shared;
+}
+
+std::string Describe(const SharedPrint& print) {
+  return std::string(print.op.data()) + " of [" + std::to_string(print.dims[0]) +
+         " rows, " + std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
+         std::to_string(print.plan);
+}
+
+// What a process in this phase is doing, after "process 1".
+const char* Doing(Phase phase) {
+  switch (phase) {
+    case Phase::kIdle:
+      return "between exchanges";
+    case Phase::kConnecting:
+      return "connecting";
+    case Phase::kFollowing:
+      return "waiting to be told what comes next";
+    case Phase::kMeeting:
+      return "waiting for its own ranks";
+    case Phase::kReusing:
+      return "waiting for its window to be read";
+    case Phase::kPublishing:
+      return "publishing";
+    case Phase::kAwaiting:
+      return "waiting for the others to publish";
+    case Phase::kPulling:
+      return "pulling";
+  }
+  return "in no known phase";
+}
+
+}  // namespace
+
+Channel::Channel(const std::vector<std::int32_t>& process_of, std::int32_t here,
+                 Options options)
+    : process_of_(process_of), here_(here), options_(std::move(options)) {
+  thread_ = std::thread([this] { Serve(); });
+}
+
+Channel::~Channel() {
+  {
+    const std::scoped_lock lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void Channel::Take(std::shared_ptr<Meeting> meeting) {
+  {
+    const std::scoped_lock lock(mutex_);
+    if (!failure_) {
+      waiting_.push_back(std::move(meeting));
+      changed_.notify_all();
+      return;
+    }
+  }
+  Fail({std::move(meeting)});
+}
+
+void Channel::Break(const std::string& why) {
+  const std::scoped_lock lock(mutex_);
+  if (!failure_) failure_ = why;
+  changed_.notify_all();
+}
+
+void Channel::Serve() {
+  for (;;) {
+    Failure failure;
+    const std::shared_ptr<Meeting> meeting = NextMeeting(failure);
+    if (meeting == nullptr && !failure) return;  // the channel ends
+    if (!failure) failure = Exchange(*meeting);
+    if (failure) {
+      GiveUp(*failure, {meeting});
+      return;
+    }
+    std::vector<Done> done;
+    std::ranges::copy_if(std::move(meeting->done), std::back_inserter(done),
+                         [](const Done& rank) { return rank != nullptr; });
+    TellAll(std::move(done), options_.schedule);
+  }
+}
+
+// Waits for the exchange of the next epoch: for the leader, whichever comes together
+// first; for the others, the one that the leader names.
+std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
+  ExchangeName name;
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return stopping_ || failure_ || !waiting_.empty(); });
+    if (stopping_) return nullptr;
+    if ((failure = failure_)) return nullptr;
+    const Meeting& oldest = *waiting_.front();
+    name = {.site = oldest.span->site, .run_id = oldest.key.run_id};
+  }
+  ++epoch_;
+  timeout_ = options_.timeout();
+  deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                 std::min(timeout_, kLongestWait));
+  if (links_.own == nullptr) {
+    auto links = options_.connect(deadline_);
+    if (auto* problem = std::get_if<std::string>(&links)) {
+      failure = *problem;
+      return nullptr;
+    }
+    links_ = std::move(std::get<Links>(links));
+  }
+  ProcessWords& own = links_.own->words();
+  if (leads()) {
+    own.names[HalfOf(epoch_)] = name;
+    own.announced.store(epoch_, std::memory_order_release);
+    Ring(own.bell);
+  } else {
+    Enter(Phase::kFollowing);
+    Neighbor& leader = **std::ranges::find_if(links_.neighbors, [&](const auto& n) {
+      return n->process() == process_of_[0];
+    });
+    failure = Await(
+        leader,
+        [this](const ProcessWords& words) {
+          return words.announced.load(std::memory_order_acquire) >= epoch_;
+        },
+        "named the exchange");
+    if (failure) return nullptr;
+    name = leader.words().names[HalfOf(epoch_)];
+    Enter(Phase::kMeeting);
+  }
+  return FindMeeting(name, failure);
+}
+
+std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
+                                              Failure& failure) {
+  std::unique_lock lock(mutex_);
+  auto found = waiting_.end();
+  const auto is_there = [&] {
+    found = std::ranges::find_if(waiting_, [&](const auto& meeting) {
+      return ExchangeName{.site = meeting->span->site, .run_id = meeting->key.run_id} ==
+             name;
+    });
+    return stopping_ || failure_ || found != waiting_.end();
+  };
+  if (!changed_.wait_until(lock, deadline_, is_there)) {
+    failure = "process " + std::to_string(process_of_[0]) +
+              ", which leads, named run " + std::to_string(name.run_id) + " of call " +
+              std::to_string(name.site) + " and " + Seconds(timeout_) +
+              " later the ranks of process " + std::to_string(here_) + " had come to " +
+              Describe(PrintOf(waiting_.front()->print)) + " instead";
+    return nullptr;
+  }
+  if (stopping_) return nullptr;
+  if ((failure = failure_)) return nullptr;
+  std::shared_ptr<Meeting> meeting = std::move(*found);
+  waiting_.erase(found);
+  return meeting;
+}
+
+Channel::Failure Channel::Exchange(Meeting& meeting) {
+  if (Failure failure = Publish(meeting)) return failure;
+  if (Failure failure = AwaitOthers(meeting)) return failure;
+  if (Failure failure = FillTables(meeting)) return failure;
+  Enter(Phase::kPulling);
+  RunTogether(std::move(meeting.works), options_.schedule, options_.max_threads);
+  ProcessWords& own = links_.own->words();
+  // Releases the half: all reads of it have ended.
+  own.finished.store(epoch_, std::memory_order_release);
+  Enter(Phase::kIdle);
+  return std::nullopt;
+}
+
+// Fills the half of this epoch, once everybody has finished with what it held.
+Channel::Failure Channel::Publish(Meeting& meeting) {
+  Enter(Phase::kReusing);
+  for (const auto& neighbor : links_.neighbors) {
+    Failure failure = Await(
+        *neighbor,
+        [this](const ProcessWords& words) {
+          return words.finished.load(std::memory_order_acquire) + 2 >= epoch_;
+        },
+        "finished with the one before the last");
+    if (failure) return failure;
+  }
+  Enter(Phase::kPublishing);
+  const HalfLayout layout(meeting.lent_bytes);
+  const std::size_t half = HalfOf(epoch_);
+  char* window = links_.own->Half(half, layout.BytesOf(meeting.num_expected));
+  if (window == nullptr) {
+    return "process " + std::to_string(here_) + " cannot make its window hold " +
+           std::to_string(layout.BytesOf(meeting.num_expected)) + " bytes";
+  }
+  std::vector<Work> works;
+  for (const MakePublication& publication : meeting.publications) {
+    if (publication == nullptr) continue;
+    const auto [first, second] = layout.Places(window, works.size());
+    works.push_back(publication({first, second}));
+  }
+  RunTogether(std::move(works), options_.schedule, options_.max_threads);
+  ProcessWords& own = links_.own->words();
+  own.prints[half] = PrintOf(meeting.print);
+  own.published.store(epoch_, std::memory_order_release);
+  Enter(Phase::kAwaiting);
+  return std::nullopt;
+}
+
+Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
+  const SharedPrint print = PrintOf(meeting.print);
+  for (const auto& neighbor : links_.neighbors) {
+    Failure failure = Await(
+        *neighbor,
+        [this](const ProcessWords& words) {
+          return words.published.load(std::memory_order_acquire) >= epoch_;
+        },
+        "published");
+    if (failure) return failure;
+    const SharedPrint theirs = neighbor->words().prints[HalfOf(epoch_)];
+    if (theirs != print) {
+      return Ranks(here_) + " called " + Describe(print) + " and " +
+             Ranks(neighbor->process()) + " called " + Describe(theirs);
+    }
+  }
+  return std::nullopt;
+}
+
+// Tells the kernels where the other processes' ranks have their buffers.
+Channel::Failure Channel::FillTables(Meeting& meeting) {
+  const HalfLayout layout(meeting.lent_bytes);
+  for (const auto& neighbor : links_.neighbors) {
+    const auto num_ranks =
+        static_cast<std::size_t>(std::ranges::count(process_of_, neighbor->process()));
+    const char* window = neighbor->Half(HalfOf(epoch_), layout.BytesOf(num_ranks));
+    if (window == nullptr)
+      return "the window of " + Ranks(neighbor->process()) + " cannot be mapped";
+    std::size_t index = 0;
+    for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
+      if (process_of_[rank] != neighbor->process()) continue;
+      const auto places = layout.Places(window, index++);
+      for (std::size_t i = 0; i < places.size(); ++i)
+        meeting.tables[i][rank] = places[i];
+    }
+  }
+  return std::nullopt;
+}
+
+// Waits until `done` holds of a neighbor's words. It reads them with acquire, and they
+// are written before the bell is rung: what was not seen then rings later.
+Channel::Failure Channel::Await(Neighbor& neighbor,
+                                const std::function<bool(const ProcessWords&)>& done,
+                                const char* what) {
+  const ProcessWords& words = neighbor.words();
+  const Clock::time_point spin_until = Clock::now() + kSpin;
+  while (!done(words) && Clock::now() < spin_until) Pause();
+  for (;;) {
+    const std::uint32_t seen = words.bell.load(std::memory_order_acquire);
+    const bool was_alive = neighbor.alive();
+    if (done(words)) return std::nullopt;
+    const Clock::time_point now = Clock::now();
+    if (!was_alive || now >= deadline_) return Trouble(neighbor, what);
+    for (const auto& other : links_.neighbors) {
+      if (other->words().gave_up.load(std::memory_order_acquire) != 0) {
+        return Trouble(*other, what);
+      }
+    }
+    {
+      const std::scoped_lock lock(mutex_);
+      if (failure_) return failure_;
+      if (stopping_) return "the channel ends";
+    }
+    AwaitRing(words.bell, seen, std::min<Clock::duration>(kLook, deadline_ - now));
+  }
+}
+
+Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) const {
+  const ProcessWords& words = neighbor.words();
+  const Epoch gave_up = words.gave_up.load(std::memory_order_acquire);
+  const std::string they = Ranks(neighbor.process());
+  const std::string us = "in epoch " + std::to_string(epoch_) + " process " +
+                         std::to_string(here_) + " was " + Doing(phase_) + " and " +
+                         they;
+  const std::string last =
+      std::string(Doing(words.phase.load(std::memory_order_relaxed))) + ", in epoch " +
+      std::to_string(words.epoch.load(std::memory_order_relaxed));
+  if (gave_up != 0) {
+    return us + " had given up, in epoch " + std::to_string(gave_up) + ", " +
+           Doing(words.phase.load(std::memory_order_relaxed));
+  }
+  if (!neighbor.alive()) return us + " had ended, " + last;
+  return us + " had not " + what + " after " + Seconds(timeout_) +
+         "; that process was last seen " + last;
+}
+
+void Channel::Enter(Phase phase) {
+  phase_ = phase;
+  if (options_.on_phase) options_.on_phase(phase, epoch_);
+  ProcessWords& own = links_.own->words();
+  own.epoch.store(epoch_, std::memory_order_relaxed);
+  own.phase.store(phase, std::memory_order_relaxed);
+  Ring(own.bell);
+}
+
+// From here on every exchange of this channel fails.
+void Channel::GiveUp(const std::string& why,
+                     std::vector<std::shared_ptr<Meeting>> meetings) {
+  if (links_.own != nullptr) {
+    ProcessWords& own = links_.own->words();
+    own.gave_up.store(epoch_ == 0 ? 1 : epoch_, std::memory_order_release);
+    Ring(own.bell);
+  }
+  {
+    const std::scoped_lock lock(mutex_);
+    if (!failure_) failure_ = why;
+    std::ranges::move(waiting_, std::back_inserter(meetings));
+    waiting_.clear();
+  }
+  std::erase(meetings, nullptr);
+  Fail(meetings);
+}
+
+void Channel::Fail(const std::vector<std::shared_ptr<Meeting>>& meetings) {
+  std::string why;
+  {
+    const std::scoped_lock lock(mutex_);
+    why = *failure_;
+  }
+  for (const auto& meeting : meetings) {
+    for (Meeting::Notice& notice : meeting->TakeNotices(why)) {
+      options_.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
+    }
+  }
+}
+
+std::string Channel::Ranks(std::int32_t process) const {
+  std::vector<std::int32_t> ranks;
+  for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
+    if (process_of_[rank] == process) ranks.push_back(static_cast<std::int32_t>(rank));
+  }
+  return RankList(ranks) + " of process " + std::to_string(process);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,121 @@
+#ifndef JAX_EP_FFI_FABRIC_CHANNEL_H_
+#define JAX_EP_FFI_FABRIC_CHANNEL_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <variant>
+#include <vector>
+
+#include "cpu/work.h"
+#include "fabric/meeting.h"
+#include "fabric/process_words.h"
+#include "fabric/work_share.h"
+
+namespace jax_ep {
+
+// Another process of a channel, as seen from here.
+class Neighbor {
+ public:
+  virtual ~Neighbor() = default;
+  virtual const ProcessWords& words() const = 0;
+  // One half of its window, of at least so many bytes, or null if it cannot be mapped.
+  virtual const char* Half(std::size_t half, std::size_t bytes) = 0;
+  virtual bool alive() const = 0;
+  virtual std::int32_t process() const = 0;
+};
+
+// What this process shows to the others of a channel.
+class Showcase {
+ public:
+  virtual ~Showcase() = default;
+  virtual ProcessWords& words() = 0;
+  virtual char* Half(std::size_t half, std::size_t bytes) = 0;
+};
+
+struct Links {
+  std::unique_ptr<Showcase> own;
+  std::vector<std::unique_ptr<Neighbor>> neighbors;  // in the order of their processes
+};
+
+using Clock = std::chrono::steady_clock;
+
+// Connects with the other processes of a channel, or says why not.
+using Connect =
+    std::function<std::variant<Links, std::string>(Clock::time_point deadline)>;
+
+// Exchanges between the processes of one group of ranks, in the protocol of
+// docs/protocol.md. The ranks of a process come together first; then a thread of the
+// channel copies what they lend into the process's window, waits for the others'
+// windows, and runs the ranks' work, which reads them. All processes carry out the same
+// exchanges in the same order: that in which they come together in the process of rank
+// 0, which leads. Once an exchange has failed all later ones do, at once.
+class Channel : public Relay {
+ public:
+  struct Options {
+    Connect connect;
+    Schedule schedule;  // for helpers and for those who are told
+    std::function<std::chrono::duration<double>()> timeout;
+    std::int64_t max_threads;  // that work for this process at once
+    // Told of every phase before it begins; for tests.
+    std::function<void(Phase, Epoch)> on_phase = nullptr;
+  };
+
+  Channel(const std::vector<std::int32_t>& process_of, std::int32_t here,
+          Options options);
+  ~Channel() override;
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  void Take(std::shared_ptr<Meeting> meeting) override;
+  void Break(const std::string& why) override;
+
+ private:
+  using Failure = std::optional<std::string>;
+
+  void Serve();
+  std::shared_ptr<Meeting> NextMeeting(Failure& failure);
+  std::shared_ptr<Meeting> FindMeeting(const ExchangeName& name, Failure& failure);
+  Failure Exchange(Meeting& meeting);
+  Failure Publish(Meeting& meeting);
+  Failure AwaitOthers(const Meeting& meeting);
+  Failure FillTables(Meeting& meeting);
+  Failure Await(Neighbor& neighbor,
+                const std::function<bool(const ProcessWords&)>& done, const char* what);
+  Failure Trouble(const Neighbor& neighbor, const char* what) const;
+  void Enter(Phase phase);
+  void GiveUp(const std::string& why, std::vector<std::shared_ptr<Meeting>> meetings);
+  void Fail(const std::vector<std::shared_ptr<Meeting>>& meetings);
+  std::string Ranks(std::int32_t process) const;
+  bool leads() const { return process_of_[0] == here_; }
+
+  const std::vector<std::int32_t> process_of_;
+  const std::int32_t here_;
+  const Options options_;
+
+  // Only the channel's thread uses these.
+  Links links_;
+  Epoch epoch_ = 0;  // of the exchange at hand
+  Phase phase_ = Phase::kIdle;
+  Clock::time_point deadline_;
+  std::chrono::duration<double> timeout_{};
+
+  std::mutex mutex_;  // guards all below
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Meeting>> waiting_;  // in the order in which they came
+  Failure failure_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_CHANNEL_H_

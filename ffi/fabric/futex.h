@@ -1,0 +1,21 @@
+#ifndef JAX_EP_FFI_FABRIC_FUTEX_H_
+#define JAX_EP_FFI_FABRIC_FUTEX_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace jax_ep {
+
+// A word that counts the changes of something in memory that processes share. Its
+// writer rings it after each change; readers sleep on it until it is rung.
+using Bell = std::atomic<std::uint32_t>;
+
+void Ring(Bell& bell);
+
+// Returns when the bell no longer shows `seen`, after `longest`, or for no reason.
+void AwaitRing(const Bell& bell, std::uint32_t seen, std::chrono::nanoseconds longest);
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_FUTEX_H_

@@ -1,0 +1,265 @@
+#include "fabric/host.h"
+
+#include <poll.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "fabric/futex.h"
+#include "fabric/work_share.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr std::chrono::milliseconds kLook{50};
+
+// What the words of one channel carry in all processes; never 0.
+std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int32_t group) {
+  std::uint64_t hash = 0xcbf29ce484222325ULL;
+  const auto add = [&](std::int32_t number) {
+    hash = (hash ^ static_cast<std::uint32_t>(number)) * 0x100000001b3ULL;
+    hash ^= hash >> 29;
+  };
+  for (const std::int32_t process : process_of) add(process);
+  add(group);
+  return hash | 1;
+}
+
+}  // namespace
+
+// Another process of the job.
+class Host::Other {
+ public:
+  Other(std::int32_t index, BoardAddress address, std::unique_ptr<SharedFile> file)
+      : index_(index), process_(address.process), file_(std::move(file)) {
+    board_ = static_cast<const Board*>(file_->Map(sizeof(Board)));
+#if defined(SYS_pidfd_open)
+    handle_ = static_cast<int>(syscall(SYS_pidfd_open, process_, 0));
+#endif
+  }
+  ~Other() {
+    if (handle_ >= 0) close(handle_);
+  }
+  Other(const Other&) = delete;
+  Other& operator=(const Other&) = delete;
+
+  const Board* board() const { return board_; }
+  std::int32_t index() const { return index_; }
+  pid_t process() const { return process_; }
+
+  // Its handle becomes readable when it ends. Where there are no such handles, only the
+  // time-out tells.
+  bool alive() const {
+    if (handle_ < 0) return true;
+    pollfd poll_for = {.fd = handle_, .events = POLLIN, .revents = 0};
+    return poll(&poll_for, 1, 0) == 0;
+  }
+
+  const ProcessWords* Find(std::uint64_t key) const {
+    for (const ProcessWords& words : board_->words) {
+      const std::uint64_t found = words.key.load(std::memory_order_acquire);
+      if (found == key) return &words;
+      if (found == 0) return nullptr;
+    }
+    return nullptr;
+  }
+
+ private:
+  const std::int32_t index_;
+  const pid_t process_;
+  const std::unique_ptr<SharedFile> file_;
+  const Board* board_;
+  int handle_ = -1;
+};
+
+class Host::OtherChannel : public Neighbor {
+ public:
+  OtherChannel(const Other& other, const ProcessWords& words,
+               std::array<std::unique_ptr<SharedFile>, 2> halves)
+      : other_(other), words_(words), halves_(std::move(halves)) {}
+
+  const ProcessWords& words() const override { return words_; }
+  const char* Half(std::size_t half, std::size_t bytes) override {
+    return static_cast<const char*>(halves_[half]->Map(bytes));
+  }
+  bool alive() const override { return other_.alive(); }
+  std::int32_t process() const override { return other_.index(); }
+
+ private:
+  const Other& other_;
+  const ProcessWords& words_;
+  const std::array<std::unique_ptr<SharedFile>, 2> halves_;
+};
+
+class Host::OwnChannel : public Showcase {
+ public:
+  OwnChannel(ProcessWords& words, std::array<std::unique_ptr<SharedFile>, 2> halves)
+      : words_(words), halves_(std::move(halves)) {}
+
+  ProcessWords& words() override { return words_; }
+  char* Half(std::size_t half, std::size_t bytes) override {
+    return static_cast<char*>(halves_[half]->Map(bytes));
+  }
+
+ private:
+  ProcessWords& words_;
+  const std::array<std::unique_ptr<SharedFile>, 2> halves_;
+};
+
+std::variant<std::unique_ptr<Host>, std::string> Host::Create(Timeout timeout) {
+  auto file = SharedFile::Create();
+  if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+  std::unique_ptr<Host> host(new Host(
+      std::move(std::get<std::unique_ptr<SharedFile>>(file)), std::move(timeout)));
+  if (host->board_ == nullptr) return "a board of shared memory cannot be mapped";
+  return host;
+}
+
+// A new file is all zeros, and so is a board without channels.
+Host::Host(std::unique_ptr<SharedFile> file, Timeout timeout)
+    : file_(std::move(file)),
+      board_(static_cast<Board*>(file_->Map(sizeof(Board)))),
+      timeout_(std::move(timeout)) {}
+
+Host::~Host() = default;
+
+BoardAddress Host::address() const {
+  return {.process = getpid(), .number = file_->number()};
+}
+
+std::optional<std::string> Host::Join(std::int32_t here,
+                                      const std::vector<BoardAddress>& boards) {
+  std::vector<std::unique_ptr<Other>> others(boards.size());
+  for (std::size_t i = 0; i < boards.size(); ++i) {
+    if (static_cast<std::int32_t>(i) == here) continue;
+    auto file = SharedFile::OpenOf(boards[i].process, boards[i].number);
+    if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+    others[i] =
+        std::make_unique<Other>(static_cast<std::int32_t>(i), boards[i],
+                                std::move(std::get<std::unique_ptr<SharedFile>>(file)));
+    if (others[i]->board() == nullptr) {
+      return "the board of process " + std::to_string(i) + " cannot be mapped";
+    }
+  }
+  here_ = here;
+  others_ = std::move(others);
+  return std::nullopt;
+}
+
+std::shared_ptr<Relay> Host::ChannelOf(const std::vector<std::int32_t>& process_of,
+                                       std::int32_t group) {
+  const std::scoped_lock lock(mutex_);
+  const ChannelKey key(process_of, group);
+  std::shared_ptr<Channel>& channel = channels_[key];
+  if (channel == nullptr) {
+    const std::set<std::int32_t> processes(process_of.begin(), process_of.end());
+    const auto share = NumCores() / static_cast<std::int64_t>(processes.size());
+    channel = std::make_shared<Channel>(
+        process_of, here_,
+        Channel::Options{
+            .connect =
+                [this, key](Clock::time_point deadline) {
+                  return ConnectTo(key, deadline);
+                },
+            .schedule = [this](auto task) { crew_.Schedule(std::move(task)); },
+            .timeout = timeout_,
+            .max_threads = std::max<std::int64_t>(share, 1),
+            .on_phase = [this](Phase phase, Epoch epoch) { OnPhase(phase, epoch); },
+        });
+  }
+  return channel;
+}
+
+void Host::OnPhase(Phase phase, Epoch epoch) {
+  std::function<void(Phase, Epoch)> on_phase;
+  {
+    const std::scoped_lock lock(mutex_);
+    on_phase = on_phase_;
+  }
+  if (on_phase) on_phase(phase, epoch);
+}
+
+void Host::set_on_phase(std::function<void(Phase, Epoch)> on_phase) {
+  const std::scoped_lock lock(mutex_);
+  on_phase_ = std::move(on_phase);
+}
+
+std::variant<std::unique_ptr<Showcase>, std::string> Host::OpenOwn(std::uint64_t key) {
+  std::array<std::unique_ptr<SharedFile>, 2> halves;
+  for (auto& half : halves) {
+    auto file = SharedFile::Create();
+    if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+    half = std::move(std::get<std::unique_ptr<SharedFile>>(file));
+  }
+  const std::scoped_lock lock(mutex_);
+  if (num_channels_ == Board::kMaxChannels) {
+    return "this process exchanges in " + std::to_string(Board::kMaxChannels) +
+           " groups of ranks already, which is the most it can";
+  }
+  ProcessWords& words = board_->words[num_channels_++];
+  words.window_files = {halves[0]->number(), halves[1]->number()};
+  words.key.store(key, std::memory_order_release);
+  Ring(board_->opened);
+  return std::make_unique<OwnChannel>(words, std::move(halves));
+}
+
+// Shows this process's words for a channel, and finds those of the others.
+std::variant<Links, std::string> Host::ConnectTo(const ChannelKey& key,
+                                                 Clock::time_point deadline) {
+  const auto& [process_of, group] = key;
+  const std::uint64_t hash = Hash(process_of, group);
+  auto own = OpenOwn(hash);
+  if (auto* problem = std::get_if<std::string>(&own)) return *problem;
+  Links links = {.own = std::move(std::get<std::unique_ptr<Showcase>>(own)),
+                 .neighbors = {}};
+  links.own->words().phase.store(Phase::kConnecting, std::memory_order_relaxed);
+  for (const std::int32_t process :
+       std::set<std::int32_t>(process_of.begin(), process_of.end())) {
+    if (process == here_) continue;
+    const Other& other = *others_[static_cast<std::size_t>(process)];
+    const std::string name = "process " + std::to_string(process) + " (pid " +
+                             std::to_string(other.process()) + ")";
+    const ProcessWords* words = nullptr;
+    for (;;) {
+      const std::uint32_t seen = other.board()->opened.load(std::memory_order_acquire);
+      const bool was_alive = other.alive();
+      words = other.Find(hash);
+      if (words != nullptr) break;
+      const Clock::time_point now = Clock::now();
+      if (!was_alive) return name + " has ended";
+      if (now >= deadline) {
+        return name + " had not come to the first exchange of these ranks in time";
+      }
+      AwaitRing(other.board()->opened, seen,
+                std::min<Clock::duration>(kLook, deadline - now));
+    }
+    std::array<std::unique_ptr<SharedFile>, 2> halves;
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+      auto file = SharedFile::OpenOf(other.process(), words->window_files[i]);
+      if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+      halves[i] = std::move(std::get<std::unique_ptr<SharedFile>>(file));
+    }
+    links.neighbors.push_back(
+        std::make_unique<OtherChannel>(other, *words, std::move(halves)));
+  }
+  return links;
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,66 @@
+#ifndef JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
+#define JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "fabric/futex.h"
+
+namespace jax_ep {
+
+// The words of docs/protocol.md: what one process tells the others of one channel. It
+// alone writes them. Epochs count the channel's exchanges from 1 and only grow.
+
+using Epoch = std::uint64_t;
+
+// What a process is doing in its epoch, for those that have waited in vain.
+enum class Phase : std::uint32_t {
+  kIdle,        // between exchanges
+  kConnecting,  // waiting until all have mapped each other's memory
+  kFollowing,   // waiting for the leader to name the next exchange
+  kMeeting,     // waiting for ranks of its own
+  kReusing,     // waiting until all have finished with the half it is to fill
+  kPublishing,  // copying its ranks' buffers into its window
+  kAwaiting,    // waiting for the others' buffers
+  kPulling,     // reading them
+};
+
+// Which exchange an epoch is: one run of one custom call, the same in all processes.
+struct ExchangeName {
+  std::int64_t site;
+  std::int64_t run_id;
+  bool operator==(const ExchangeName&) const = default;
+};
+
+// What the processes must agree on, in a form that they can share.
+struct SharedPrint {
+  std::array<char, 40> op;
+  std::array<std::int64_t, 2> dims;
+  std::uint32_t plan;
+  bool operator==(const SharedPrint&) const = default;
+};
+
+static_assert(std::atomic<Epoch>::is_always_lock_free);
+
+struct alignas(64) ProcessWords {
+  // Written once, before `key` is released.
+  std::array<std::int32_t, 2> window_files;
+  std::atomic<std::uint64_t> key;  // of the channel; 0: these words are nobody's
+
+  alignas(64) Bell bell;  // rung after every change of what follows
+  std::atomic<Phase> phase;
+  std::atomic<Epoch> epoch;      // that the phase is of
+  std::atomic<Epoch> announced;  // the leader's: epochs that it has named
+  std::atomic<Epoch> published;
+  std::atomic<Epoch> finished;
+  std::atomic<Epoch> gave_up;  // in which it failed; 0: it has not
+
+  // By the epoch's last bit, released by `announced` and `published`.
+  alignas(64) std::array<ExchangeName, 2> names;
+  std::array<SharedPrint, 2> prints;
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
