@@ -61,7 +61,7 @@ def _implementations() -> dict[str, str]:
     native = (
         "one rank, and the ranks of a vmap axis on one GPU"
         if jax.default_backend() == "gpu"
-        else "CPU devices of one process, and the ranks of a vmap axis on one of them"
+        else "the CPU devices of one host, and the ranks of a vmap axis on one of them"
     )
     return {
         "xla": "serves on every platform, in any number of processes",

@@ -110,6 +110,17 @@ def set_wait_timeout(seconds: float) -> float:
     return _library("cpu").jax_ep_set_wait_timeout(float(seconds))
 
 
+def end_at(phase: int, exchanges: int, signal: int) -> None:
+    """Ends this process by a signal, or by exiting if that is 0, in a phase of an exchange.
+
+    Args:
+      phase: its number in ``ffi/fabric/process_words.h``.
+      exchanges: how many exchanges with other processes come before.
+      signal: what the process sends itself.
+    """
+    _library("cpu").jax_ep_end_at(phase, ctypes.c_int64(exchanges), signal)
+
+
 def library_path(platform: Platform) -> pathlib.Path:
     """Returns where a platform's native library is expected: next to this file."""
     return pathlib.Path(__file__).with_name(_LIBRARIES[platform])

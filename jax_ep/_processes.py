@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import threading
+
 import jax
 
 from jax_ep._compat import distributed_client

@@ -23,10 +23,16 @@ AXIS = "expert"
 PerRank = Callable[..., Any]
 
 
+def devices() -> list[jax.Device]:
+    """Returns all devices, those of several processes in turn: neighbors are in different ones."""
+    by_process = [jax.local_devices(process) for process in range(jax.process_count())]
+    return [device for place in zip(*by_process, strict=True) for device in place]
+
+
 def over_devices(f: PerRank, num_ranks: int) -> PerRank:
     """Runs one rank on each of the first devices."""
-    devices = jax.devices()[:num_ranks]
-    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    some = devices()[:num_ranks]
+    mesh = jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=some)
 
     def block(*args: Any) -> Any:
         out = f(*jax.tree.map(lambda a: a[0], args))

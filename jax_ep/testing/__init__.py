@@ -5,6 +5,7 @@ Nothing here needs pytest, and nothing here is imported by the rest of the libra
 
 from jax_ep.testing._cluster import MultiprocessFailure
 from jax_ep.testing._compare import assert_bitwise_equal, assert_close_ulp
+from jax_ep.testing._kill import kill
 from jax_ep.testing._multiprocess import multiprocess
 from jax_ep.testing._origin import decode_origin, encode_origin
 from jax_ep.testing._routings import (
@@ -21,6 +22,7 @@ __all__ = [
     "decode_origin",
     "encode_origin",
     "k_hot_routing",
+    "kill",
     "multiprocess",
     "routing_with_holes",
     "uniform_routing",

@@ -18,6 +18,7 @@ class Stage(enum.StrEnum):
     RUNNING = "running the test body"
     PASSED = "leaving"
     FAILED = "after an exception"
+    DOOMED = "to be ended by the test"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +58,22 @@ def read_stage(folder: Path, rank: int) -> Stage:
     """Returns the last stage that a rank reported."""
     file = folder / f"rank-{rank}.stage"
     return Stage[file.read_text()] if file.exists() else Stage.STARTING
+
+
+_entered: list[Path] = []
+
+
+def enter(folder: Path) -> None:
+    """Remembers, in a rank, the folder of its job."""
+    _entered.append(folder)
+
+
+def current_folder() -> Path:
+    """Returns the folder of the job whose body this process runs.
+
+    Raises:
+      RuntimeError: this process is no rank of a job.
+    """
+    if not _entered:
+        raise RuntimeError("This only works in the body of a multiprocess test.")
+    return _entered[-1]

@@ -58,7 +58,9 @@ class RankProcess:
 
     @property
     def passed(self) -> bool:
-        """Whether the body returned and the process then ended in order."""
+        """Whether the body returned and the process then ended in order, or was to be ended."""
+        if self.stage is Stage.DOOMED:
+            return True
         return self._process.poll() == 0 and self.stage is Stage.PASSED
 
     @property
@@ -75,6 +77,8 @@ class RankProcess:
     def outcome(self) -> str:
         """Returns what became of the rank, as the end of a sentence."""
         code = self._process.poll()
+        if self.stage is Stage.DOOMED:
+            return "was " + str(self.stage)
         if self.stage is Stage.FAILED:
             return "raised an exception"
         if code is None:

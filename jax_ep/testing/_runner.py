@@ -14,14 +14,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from jax_ep.testing._job import Job, Stage, write_stage
+from jax_ep.testing._job import Job, Stage, enter, read_stage, write_stage
 
+_POLL_S = 0.02
 _HEARTBEAT_TIMEOUT_S = 600  # the launcher watches the ranks; JAX need not
 
 
@@ -40,16 +42,38 @@ def main(folder: Path, rank: int, address: str) -> None:
         _join_cluster(job, rank, address)
         body = _load_body(job)
         args, kwargs = pickle.loads(job.arguments)  # noqa: S301 (from our own parent)
+        enter(folder)
         report(Stage.RUNNING)
         body(*args, **kwargs)
     except BaseException:
         traceback.print_exc()
+        _leave_if_doomed(folder, rank)
         report(Stage.FAILED)
         # The launcher ends this process. An exit of ours would abort the other ranks before they
         # can report the same mistake, and JAX's exit handler waits for ranks that may never come.
         threading.Event().wait()
+    _leave_if_doomed(folder, rank)
     report(Stage.PASSED)
-    jax.distributed.shutdown()
+    stages = functools.partial(_stages, folder, job.num_processes)
+    if Stage.DOOMED not in stages():
+        jax.distributed.shutdown()
+        return
+    # JAX would wait for the dead at the end. It ends all others when rank 0 is gone, so that goes
+    # last.
+    while rank == 0 and not set(stages()) <= {Stage.PASSED, Stage.DOOMED}:
+        time.sleep(_POLL_S)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _leave_if_doomed(folder: Path, rank: int) -> None:
+    """Ends a process that the test meant to be gone; what it still met does not matter."""
+    if read_stage(folder, rank) is Stage.DOOMED:
+        os._exit(1)
+
+
+def _stages(folder: Path, num_processes: int) -> list[Stage]:
+    return [read_stage(folder, rank) for rank in range(num_processes)]
 
 
 def _leave_with_parent() -> None:

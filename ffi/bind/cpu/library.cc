@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -175,13 +176,16 @@ int jax_ep_join(std::int32_t here, std::int32_t num_processes,
   return 1;
 }
 
-// For tests of faults: this process gets `signal` when it is about to enter a phase of
-// an exchange, the `skip`-th time after now.
-void jax_ep_signal_at(std::uint32_t phase, std::int64_t skip, int signal) {
+// For tests of faults: this process gets `signal`, or exits if that is 0, when it has
+// entered a phase `skip` times and enters it once more.
+void jax_ep_end_at(std::uint32_t phase, std::int64_t skip, int signal) {
   const auto left = std::make_shared<std::atomic<std::int64_t>>(skip);
   jax_ep::ProcessHost()->set_on_phase([=](jax_ep::Phase entered, jax_ep::Epoch) {
-    if (static_cast<std::uint32_t>(entered) != phase) return;
-    if (left->fetch_sub(1) == 0) kill(getpid(), signal);
+    if (static_cast<std::uint32_t>(entered) != phase || left->fetch_sub(1) != 0) return;
+    if (signal == 0) _exit(1);
+    kill(getpid(), signal);
+    // Signals take a moment to reach all threads.
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   });
 }
 
