@@ -15,7 +15,7 @@ CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format native-test cuda bench clean
+.PHONY: help demo test lint format native-test protocol cuda bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -42,6 +42,9 @@ format: $(TOOLS) ## rewrite sources in the project's style
 	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 native-test: build/native-plain build/native-address build/native-thread ## run the C++ tests, plain and under sanitizers
+
+protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
+	docs/protocol/check build/protocol
 
 # Not part of the default install, which would compile four architectures on every laptop.
 cuda: $(PACKAGE) $(TOOLS) ## build the library for GPUs (a minute), print what its kernels take
