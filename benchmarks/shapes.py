@@ -78,6 +78,9 @@ DECODE = Shape(
     source="OLMoE-1B-7B (https://arxiv.org/abs/2409.02060), with the 128 tokens a rank at which "
     "DeepEP reports decoding (https://github.com/deepseek-ai/DeepEP)",
 )
+TOKEN = dataclasses.replace(
+    DECODE, name="token", num_tokens=1, source="OLMoE-1B-7B, one sequence a rank"
+)
 LARGE = Shape(
     name="large",
     num_ranks=8,

@@ -1,0 +1,211 @@
+"""Times the exchange between processes of one host against the same ranks in one process.
+
+Clusters of processes are started in turn, several times each, and what is compared in one cluster
+takes turns there. A call's time is that of the process it takes longest in. Results are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import timing
+from absl import app, flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import AXIS, Inputs, exchange, make_inputs, make_mesh, over_ranks, planner
+from shapes import EXCHANGE_SHAPES, TOKEN, Shape
+
+import jax_ep
+from jax_ep.testing import multiprocess
+
+_ONE, _TWO = "1 process x 8 devices", "2 processes x 4 devices"
+_EXCHANGE, _XLA = "plan + dispatch + combine", "the same by 'xla'"
+_DISPATCH, _PLAN, _GATHER = "dispatch", "plan", "XLA's all-gather of the choices"
+# Two processes' time over one's, and the time of XLA's collectives over ours, at most and at least.
+_GOALS = {"slower": 1.6, "faster": 5.0}
+
+_shapes = flags.DEFINE_multi_enum("shapes", [*EXCHANGE_SHAPES], [*EXCHANGE_SHAPES], "What to run.")
+_rounds = flags.DEFINE_integer("rounds", 4, "Clusters of each kind and shape.", lower_bound=1)
+_repeats = flags.DEFINE_integer("repeats", 15, "Runs of each in a cluster.", lower_bound=1)
+_calls = flags.DEFINE_integer("calls", 5000, "Calls of one token.", lower_bound=1)
+_quick = flags.DEFINE_bool("quick", False, "One small case, a few rounds: does it all still run?")
+
+
+@multiprocess(1, 8, timeout=600)
+def _in_one(folder: str, shape: Shape, repeats: dict[str, int]) -> None:
+    _measure(pathlib.Path(folder), shape, repeats)
+
+
+@multiprocess(2, 4, timeout=600)
+def _in_two(folder: str, shape: Shape, repeats: dict[str, int]) -> None:
+    _measure(pathlib.Path(folder), shape, repeats)
+
+
+def _measure(folder: pathlib.Path, shape: Shape, repeats: dict[str, int]) -> None:
+    """Runs each contender so many times, in turn, and saves how long each run took here."""
+    mesh = make_mesh(shape.num_ranks)
+    inputs = make_inputs(shape, 0.0)
+    calls = _contenders(shape, mesh, _place(mesh, inputs), inputs)
+    barrier = _barrier(mesh)
+    for name in repeats:
+        for _ in range(3):
+            jax.block_until_ready(calls[name]())
+    seconds: dict[str, list[float]] = {name: [] for name in repeats}
+    for turn in range(max(repeats.values())):
+        for name in (name for name, count in repeats.items() if turn < count):
+            barrier()
+            start = time.perf_counter()
+            result = jax.block_until_ready(calls[name]())
+            seconds[name].append(time.perf_counter() - start)
+            del result
+    for i, name in enumerate(repeats):
+        np.save(folder / f"{i}-{jax.process_index()}.npy", seconds[name])
+
+
+def _contenders(
+    shape: Shape, mesh: Mesh, placed: tuple[Any, ...], inputs: Inputs
+) -> dict[str, Callable[[], Any]]:
+    x, topk_idx, _ = placed
+    plans = {name: planner(shape, name, "uninitialized") for name in ("native", "xla")}
+    programs = {name: over_ranks(exchange(plan), mesh) for name, plan in plans.items()}
+    for program in programs.values():
+        _check(over_ranks(plans["native"], mesh)(topk_idx), program(*placed), inputs)
+    plan = over_ranks(plans["native"], mesh)(topk_idx)
+    # Without the one field that a collective of XLA's hands out.
+    make_plan = over_ranks(
+        lambda idx: dataclasses.replace(made := plans["native"](idx), expert_load=made.kept), mesh
+    )
+    dispatch = over_ranks(jax_ep.dispatch, mesh)
+    gather = over_ranks(lambda idx: jax.lax.all_gather(idx, AXIS), mesh)
+    return {
+        _EXCHANGE: lambda: programs["native"](*placed),
+        _XLA: lambda: programs["xla"](*placed),
+        _DISPATCH: lambda: dispatch(x, plan),
+        _PLAN: lambda: make_plan(topk_idx),
+        _GATHER: lambda: gather(topk_idx),
+    }
+
+
+def _barrier(mesh: Mesh) -> Callable[[], Any]:
+    """Returns what lets all processes go on at once: what came before took some of them longer."""
+    make_plan = planner(TOKEN, "native", "uninitialized")
+    meet = over_ranks(lambda idx: make_plan(idx).group_sizes, mesh)
+    topk_idx = _place(mesh, make_inputs(TOKEN, 0.0))[1]
+    return lambda: jax.block_until_ready(meet(topk_idx))
+
+
+def _place(mesh: Mesh, inputs: Inputs) -> tuple[Any, ...]:
+    layout = NamedSharding(mesh, P(AXIS))
+    return tuple(
+        jax.make_array_from_callback(a.shape, layout, lambda at, a=a: a[at])
+        for a in inputs.as_tuple()
+    )
+
+
+def _check(plan: jax_ep.Plan, out: jax.Array, inputs: Inputs) -> None:
+    """Experts that change nothing give each token back, as often as its choices were kept."""
+    for kept, shard in zip(plan.kept.addressable_shards, out.addressable_shards, strict=True):
+        weights = np.where(kept.data, inputs.topk_weights[shard.index[0]], 0)
+        want = inputs.x[shard.index[0]].astype(np.float32) * weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(np.asarray(shard.data, np.float32), want, rtol=0.05, atol=0.05)
+
+
+def _collect(
+    run: Callable[..., None], shape: Shape, repeats: dict[str, int]
+) -> dict[str, np.ndarray]:
+    """Runs one cluster; returns the seconds of each call in the process where it took longest."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(folder, shape, repeats)
+        files = [sorted(pathlib.Path(folder).glob(f"{i}-*.npy")) for i in range(len(repeats))]
+        slowest = [np.max([np.load(file) for file in some], axis=0) for some in files]
+    return dict(zip(repeats, slowest, strict=True))
+
+
+def _bench_shape(shape: Shape, rounds: int, repeats: int) -> None:
+    seconds: dict[tuple[str, str], list[float]] = {}
+    # XLA's collectives have clusters to themselves: the memory they give back after each run would
+    # be missed by whatever comes next.
+    wanted = [
+        (_ONE, _in_one, {_EXCHANGE: repeats, _PLAN: repeats}),
+        (_TWO, _in_two, {_EXCHANGE: repeats, _PLAN: repeats}),
+        (_TWO, _in_two, {_XLA: max(3, repeats // 3), _GATHER: repeats}),
+    ]
+    for _ in range(rounds):
+        for where, run, counts in wanted:
+            for name, times in _collect(run, shape, counts).items():
+                seconds.setdefault((where, name), []).extend(times)
+    times = {key: timing.Times(tuple(some)) for key, some in seconds.items()}
+    timing.print_table(
+        f"{shape.name}: {shape.source}",
+        ("where", "what", "ms (p10-p90)"),
+        [[*key, spent] for key, spent in times.items()],
+    )
+    ours = times[_TWO, _EXCHANGE].median
+    slower, faster = ours / times[_ONE, _EXCHANGE].median, times[_TWO, _XLA].median / ours
+    timing.print_table(
+        f"goals on {shape.name}",
+        ("ratio", "goal", "reached", "met"),
+        [
+            [f"{_TWO} / {_ONE}", "<= 1.6", f"{slower:.2f}", _met(slower <= _GOALS["slower"])],
+            [
+                f"'xla' / 'native', {_TWO}",
+                ">= 5",
+                f"{faster:.1f}",
+                _met(faster >= _GOALS["faster"]),
+            ],
+        ],
+    )
+    for (where, name), spent in times.items():
+        record = {"bench": "processes", "where": where, "contender": name, **spent.as_json()}
+        timing.print_json({**shape.as_json(), **record})
+
+
+def _bench_token(calls: int) -> None:
+    """One token on each rank: what a call costs when there is next to nothing to move."""
+    records = []
+    for where, run in ((_ONE, _in_one), (_TWO, _in_two)):
+        for name, seconds in _collect(run, TOKEN, {_DISPATCH: calls, _EXCHANGE: calls}).items():
+            p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
+            records.append(
+                {
+                    "where": where,
+                    "contender": name,
+                    "p50_ms": round(float(p50), 4),
+                    "p99_ms": round(float(p99), 4),
+                    "calls": len(seconds),
+                }
+            )
+    timing.print_table(
+        f"one token a rank, the slowest process of each call: {TOKEN.source}",
+        [*records[0]],
+        [[*record.values()] for record in records],
+    )
+    for record in records:
+        timing.print_json({**TOKEN.as_json(), "bench": "one token", **record})
+
+
+def _met(met: bool) -> str:
+    return "yes" if met else "NO"
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    jax.config.update("jax_platforms", "cpu")
+    timing.print_json(timing.environment())
+    shapes, rounds, repeats, calls = _shapes.value, _rounds.value, _repeats.value, _calls.value
+    if _quick.value:
+        shapes, rounds, repeats, calls = shapes[:1], 1, 3, 20
+    for name in shapes:
+        _bench_shape(EXCHANGE_SHAPES[name], rounds, repeats)
+    _bench_token(calls)
+
+
+if __name__ == "__main__":
+    app.run(main)
