@@ -205,10 +205,7 @@ proctype Process(byte me) {
 give_up:
   assert(!patient || faulty[me] || ANY(stopped) || ANY(gave_up));
 #ifndef SILENT
-  if
-  :: epoch > 0 -> STEP(gave_up[me] = epoch)
-  :: else /* it has not connected, and says nothing */
-  fi;
+  STEP(gave_up[me] = (epoch > 0 -> epoch : 1));
 #endif
 
 end:

@@ -223,43 +223,54 @@ std::variant<std::unique_ptr<Showcase>, std::string> Host::OpenOwn(std::uint64_t
 // Shows this process's words for a channel, and finds those of the others.
 std::variant<Links, std::string> Host::ConnectTo(const ChannelKey& key,
                                                  Clock::time_point deadline) {
-  const auto& [process_of, group] = key;
-  const std::uint64_t hash = Hash(process_of, group);
+  const std::uint64_t hash = Hash(key.first, key.second);
   auto own = OpenOwn(hash);
   if (auto* problem = std::get_if<std::string>(&own)) return *problem;
   Links links = {.own = std::move(std::get<std::unique_ptr<Showcase>>(own)),
                  .neighbors = {}};
-  links.own->words().phase.store(Phase::kConnecting, std::memory_order_relaxed);
-  for (const std::int32_t process :
-       std::set<std::int32_t>(process_of.begin(), process_of.end())) {
+  ProcessWords& words = links.own->words();
+  words.phase.store(Phase::kConnecting, std::memory_order_relaxed);
+  const std::set<std::int32_t> processes(key.first.begin(), key.first.end());
+  for (const std::int32_t process : processes) {
     if (process == here_) continue;
-    const Other& other = *others_[static_cast<std::size_t>(process)];
-    const std::string name = "process " + std::to_string(process) + " (pid " +
-                             std::to_string(other.process()) + ")";
-    const ProcessWords* words = nullptr;
-    for (;;) {
-      const std::uint32_t seen = other.board()->opened.load(std::memory_order_acquire);
-      const bool was_alive = other.alive();
-      words = other.Find(hash);
-      if (words != nullptr) break;
-      const Clock::time_point now = Clock::now();
-      if (!was_alive) return name + " has ended";
-      if (now >= deadline) {
-        return name + " had not come to the first exchange of these ranks in time";
-      }
-      AwaitRing(other.board()->opened, seen,
-                std::min<Clock::duration>(kLook, deadline - now));
+    auto neighbor = Find(*others_[static_cast<std::size_t>(process)], hash, deadline);
+    if (const auto* problem = std::get_if<std::string>(&neighbor)) {
+      words.gave_up.store(1, std::memory_order_release);
+      Ring(words.bell);
+      // Others may be about to open what these words name.
+      const std::scoped_lock lock(mutex_);
+      given_up_.push_back(std::move(links.own));
+      return *problem;
     }
-    std::array<std::unique_ptr<SharedFile>, 2> halves;
-    for (std::size_t i = 0; i < halves.size(); ++i) {
-      auto file = SharedFile::OpenOf(other.process(), words->window_files[i]);
-      if (auto* problem = std::get_if<std::string>(&file)) return *problem;
-      halves[i] = std::move(std::get<std::unique_ptr<SharedFile>>(file));
-    }
-    links.neighbors.push_back(
-        std::make_unique<OtherChannel>(other, *words, std::move(halves)));
+    links.neighbors.push_back(std::move(std::get<std::unique_ptr<Neighbor>>(neighbor)));
   }
   return links;
+}
+
+std::variant<std::unique_ptr<Neighbor>, std::string> Host::Find(
+    const Other& other, std::uint64_t key, Clock::time_point deadline) {
+  const std::string name = "process " + std::to_string(other.index()) + " (pid " +
+                           std::to_string(other.process()) + ")";
+  const Board& board = *other.board();
+  const ProcessWords* words = nullptr;
+  for (;;) {
+    const std::uint32_t seen = board.opened.load(std::memory_order_acquire);
+    const bool was_alive = other.alive();
+    if ((words = other.Find(key)) != nullptr) break;
+    const Clock::time_point now = Clock::now();
+    if (!was_alive) return name + " has ended";
+    if (now >= deadline) {
+      return name + " had not come to the first exchange of these ranks in time";
+    }
+    AwaitRing(board.opened, seen, std::min<Clock::duration>(kLook, deadline - now));
+  }
+  std::array<std::unique_ptr<SharedFile>, 2> halves;
+  for (std::size_t i = 0; i < halves.size(); ++i) {
+    auto file = SharedFile::OpenOf(other.process(), words->window_files[i]);
+    if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+    halves[i] = std::move(std::get<std::unique_ptr<SharedFile>>(file));
+  }
+  return std::make_unique<OtherChannel>(other, *words, std::move(halves));
 }
 
 }  // namespace jax_ep

@@ -68,7 +68,7 @@ class Host {
   std::shared_ptr<Relay> ChannelOf(const std::vector<std::int32_t>& process_of,
                                    std::int32_t group);
 
-  // For tests: called before each phase of each channel.
+  // For tests: called as each phase of each channel begins.
   void set_on_phase(std::function<void(Phase, Epoch)> on_phase);
 
  private:
@@ -82,6 +82,8 @@ class Host {
                                              Clock::time_point deadline);
   void OnPhase(Phase phase, Epoch epoch);
   std::variant<std::unique_ptr<Showcase>, std::string> OpenOwn(std::uint64_t key);
+  static std::variant<std::unique_ptr<Neighbor>, std::string> Find(
+      const Other& other, std::uint64_t key, Clock::time_point deadline);
 
   const std::unique_ptr<SharedFile> file_;
   Board* const board_;
@@ -94,6 +96,7 @@ class Host {
   std::function<void(Phase, Epoch)> on_phase_;
   Crew crew_;
   std::map<ChannelKey, std::shared_ptr<Channel>> channels_;
+  std::vector<std::unique_ptr<Showcase>> given_up_;  // before all had connected
 };
 
 }  // namespace jax_ep
