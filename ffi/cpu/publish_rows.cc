@@ -46,9 +46,12 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
 }  // namespace
 
 Work PublishRowsWork(const PublishRowsArgs& args) {
+  // The first chunk copies the second buffer, even if there are no rows.
+  const std::int64_t at_least = args.whole_bytes > 0 ? 1 : 0;
   return {.args = &args,
           .run = RunChunk,
-          .num_chunks = CeilDiv(args.NumEntries(), ItemsPerChunk(args.row_bytes))};
+          .num_chunks = std::max(
+              CeilDiv(args.NumEntries(), ItemsPerChunk(args.row_bytes)), at_least)};
 }
 
 }  // namespace jax_ep

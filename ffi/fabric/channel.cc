@@ -101,6 +101,13 @@ const char* Doing(Phase phase) {
   return "in no known phase";
 }
 
+// "pulling, in epoch 5"
+std::string LastSeen(const Neighbor& neighbor) {
+  const ProcessWords& words = neighbor.words();
+  return std::string(Doing(words.phase.load(std::memory_order_relaxed))) +
+         ", in epoch " + std::to_string(words.epoch.load(std::memory_order_relaxed));
+}
+
 }  // namespace
 
 Channel::Channel(const std::vector<std::int32_t>& process_of, std::int32_t here,
@@ -161,7 +168,8 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return stopping_ || failure_ || !waiting_.empty(); });
     if (stopping_) return nullptr;
-    if ((failure = failure_)) return nullptr;
+    failure = failure_;
+    if (failure) return nullptr;
     const Meeting& oldest = *waiting_.front();
     name = {.site = oldest.span->site, .run_id = oldest.key.run_id};
   }
@@ -170,9 +178,10 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
   deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                  std::min(timeout_, kLongestWait));
   if (links_.own == nullptr) {
+    phase_ = Phase::kConnecting;
     auto links = options_.connect(deadline_);
     if (auto* problem = std::get_if<std::string>(&links)) {
-      failure = *problem;
+      failure = Here() + " and " + *problem;
       return nullptr;
     }
     links_ = std::move(std::get<Links>(links));
@@ -212,15 +221,16 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
     return stopping_ || failure_ || found != waiting_.end();
   };
   if (!changed_.wait_until(lock, deadline_, is_there)) {
-    failure = "process " + std::to_string(process_of_[0]) +
-              ", which leads, named run " + std::to_string(name.run_id) + " of call " +
-              std::to_string(name.site) + " and " + Seconds(timeout_) +
-              " later the ranks of process " + std::to_string(here_) + " had come to " +
+    failure = Here() + " and process " + std::to_string(process_of_[0]) +
+              ", which leads, had named run " + std::to_string(name.run_id) +
+              " of call " + std::to_string(name.site) + ", but " + Seconds(timeout_) +
+              " later " + Ranks(here_) + " had come to " +
               Describe(PrintOf(waiting_.front()->print)) + " instead";
     return nullptr;
   }
   if (stopping_) return nullptr;
-  if ((failure = failure_)) return nullptr;
+  failure = failure_;
+  if (failure) return nullptr;
   std::shared_ptr<Meeting> meeting = std::move(*found);
   waiting_.erase(found);
   return meeting;
@@ -256,7 +266,7 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
   const std::size_t half = HalfOf(epoch_);
   char* window = links_.own->Half(half, layout.BytesOf(meeting.num_expected));
   if (window == nullptr) {
-    return "process " + std::to_string(here_) + " cannot make its window hold " +
+    return Here() + " and could not make its window hold " +
            std::to_string(layout.BytesOf(meeting.num_expected)) + " bytes";
   }
   std::vector<Work> works;
@@ -285,8 +295,9 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
     if (failure) return failure;
     const SharedPrint theirs = neighbor->words().prints[HalfOf(epoch_)];
     if (theirs != print) {
-      return Ranks(here_) + " called " + Describe(print) + " and " +
-             Ranks(neighbor->process()) + " called " + Describe(theirs);
+      return "in epoch " + std::to_string(epoch_) + " " + Ranks(here_) + " called " +
+             Describe(print) + " and " + Ranks(neighbor->process()) + " called " +
+             Describe(theirs);
     }
   }
   return std::nullopt;
@@ -299,8 +310,9 @@ Channel::Failure Channel::FillTables(Meeting& meeting) {
     const auto num_ranks =
         static_cast<std::size_t>(std::ranges::count(process_of_, neighbor->process()));
     const char* window = neighbor->Half(HalfOf(epoch_), layout.BytesOf(num_ranks));
-    if (window == nullptr)
-      return "the window of " + Ranks(neighbor->process()) + " cannot be mapped";
+    if (window == nullptr) {
+      return Here() + " and could not map the window of " + Ranks(neighbor->process());
+    }
     std::size_t index = 0;
     for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
       if (process_of_[rank] != neighbor->process()) continue;
@@ -326,11 +338,7 @@ Channel::Failure Channel::Await(Neighbor& neighbor,
     if (done(words)) return std::nullopt;
     const Clock::time_point now = Clock::now();
     if (!was_alive || now >= deadline_) return Trouble(neighbor, what);
-    for (const auto& other : links_.neighbors) {
-      if (other->words().gave_up.load(std::memory_order_acquire) != 0) {
-        return Trouble(*other, what);
-      }
-    }
+    if (const Neighbor* quitter = Quitter()) return Trouble(*quitter, what);
     {
       const std::scoped_lock lock(mutex_);
       if (failure_) return failure_;
@@ -340,32 +348,52 @@ Channel::Failure Channel::Await(Neighbor& neighbor,
   }
 }
 
+// Returns a neighbor that gave up, if there is one, or rather one that ended, which may
+// be why.
+const Neighbor* Channel::Quitter() const {
+  const auto gave_up = [](const auto& neighbor) {
+    return neighbor->words().gave_up.load(std::memory_order_acquire) != 0;
+  };
+  const auto quitter = std::ranges::find_if(links_.neighbors, gave_up);
+  if (quitter == links_.neighbors.end()) return nullptr;
+  const auto ended = std::ranges::find_if(links_.neighbors, [&](const auto& neighbor) {
+    return !gave_up(neighbor) && !neighbor->alive();
+  });
+  return (ended != links_.neighbors.end() ? *ended : *quitter).get();
+}
+
 Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) const {
-  const ProcessWords& words = neighbor.words();
-  const Epoch gave_up = words.gave_up.load(std::memory_order_acquire);
-  const std::string they = Ranks(neighbor.process());
-  const std::string us = "in epoch " + std::to_string(epoch_) + " process " +
-                         std::to_string(here_) + " was " + Doing(phase_) + " and " +
-                         they;
-  const std::string last =
-      std::string(Doing(words.phase.load(std::memory_order_relaxed))) + ", in epoch " +
-      std::to_string(words.epoch.load(std::memory_order_relaxed));
+  const Epoch gave_up = neighbor.words().gave_up.load(std::memory_order_acquire);
+  const std::string us = Here() + " and " + Ranks(neighbor.process());
   if (gave_up != 0) {
-    return us + " had given up, in epoch " + std::to_string(gave_up) + ", " +
-           Doing(words.phase.load(std::memory_order_relaxed));
+    std::string failure = us + " had given up, in epoch " + std::to_string(gave_up) +
+                          ", " +
+                          Doing(neighbor.words().phase.load(std::memory_order_relaxed));
+    // It may have waited for any of the others.
+    for (const auto& other : links_.neighbors) {
+      if (other->words().gave_up.load(std::memory_order_acquire) != 0) continue;
+      failure += "; " + Ranks(other->process()) + " was last seen " + LastSeen(*other);
+    }
+    return failure;
   }
-  if (!neighbor.alive()) return us + " had ended, " + last;
+  if (!neighbor.alive()) return us + " had ended, " + LastSeen(neighbor);
   return us + " had not " + what + " after " + Seconds(timeout_) +
-         "; that process was last seen " + last;
+         "; that process was last seen " + LastSeen(neighbor);
+}
+
+// "in epoch 5 process 0 was pulling"
+std::string Channel::Here() const {
+  return "in epoch " + std::to_string(epoch_) + " process " + std::to_string(here_) +
+         " was " + Doing(phase_);
 }
 
 void Channel::Enter(Phase phase) {
   phase_ = phase;
-  if (options_.on_phase) options_.on_phase(phase, epoch_);
   ProcessWords& own = links_.own->words();
   own.epoch.store(epoch_, std::memory_order_relaxed);
   own.phase.store(phase, std::memory_order_relaxed);
   Ring(own.bell);
+  if (options_.on_phase) options_.on_phase(phase, epoch_);
 }
 
 // From here on every exchange of this channel fails.

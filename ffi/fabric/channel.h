@@ -65,7 +65,7 @@ class Channel : public Relay {
     Schedule schedule;  // for helpers and for those who are told
     std::function<std::chrono::duration<double>()> timeout;
     std::int64_t max_threads;  // that work for this process at once
-    // Told of every phase before it begins; for tests.
+    // Told of every phase as it begins; for tests.
     std::function<void(Phase, Epoch)> on_phase = nullptr;
   };
 
@@ -90,7 +90,9 @@ class Channel : public Relay {
   Failure FillTables(Meeting& meeting);
   Failure Await(Neighbor& neighbor,
                 const std::function<bool(const ProcessWords&)>& done, const char* what);
+  const Neighbor* Quitter() const;
   Failure Trouble(const Neighbor& neighbor, const char* what) const;
+  std::string Here() const;
   void Enter(Phase phase);
   void GiveUp(const std::string& why, std::vector<std::shared_ptr<Meeting>> meetings);
   void Fail(const std::vector<std::shared_ptr<Meeting>>& meetings);
