@@ -66,8 +66,12 @@ struct HalfLayout {
   std::size_t rank_bytes;
 };
 
-SharedPrint PrintOf(const CallPrint& print) {
-  SharedPrint shared = {.op = {}, .dims = print.dims, .plan = print.plan};
+SharedPrint PrintOf(const Meeting& meeting) {
+  const CallPrint& print = meeting.print;
+  SharedPrint shared = {.op = {},
+                        .dims = print.dims,
+                        .lent_bytes = meeting.lent_bytes,
+                        .plan = print.plan};
   std::strncpy(shared.op.data(), print.op, shared.op.size() - 1);
   return shared;
 }
@@ -225,7 +229,7 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
               ", which leads, had named run " + std::to_string(name.run_id) +
               " of call " + std::to_string(name.site) + ", but " + Seconds(timeout_) +
               " later " + Ranks(here_) + " had come to " +
-              Describe(PrintOf(waiting_.front()->print)) + " instead";
+              Describe(PrintOf(*waiting_.front())) + " instead";
     return nullptr;
   }
   if (stopping_) return nullptr;
@@ -277,14 +281,14 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
   }
   RunTogether(std::move(works), options_.schedule, options_.max_threads);
   ProcessWords& own = links_.own->words();
-  own.prints[half] = PrintOf(meeting.print);
+  own.prints[half] = PrintOf(meeting);
   own.published.store(epoch_, std::memory_order_release);
   Enter(Phase::kAwaiting);
   return std::nullopt;
 }
 
 Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
-  const SharedPrint print = PrintOf(meeting.print);
+  const SharedPrint print = PrintOf(meeting);
   for (const auto& neighbor : links_.neighbors) {
     Failure failure = Await(
         *neighbor,

@@ -37,6 +37,7 @@ struct ExchangeName {
 struct SharedPrint {
   std::array<char, 40> op;
   std::array<std::int64_t, 2> dims;
+  std::array<std::int64_t, 2> lent_bytes;  // what is published of each lent buffer
   std::uint32_t plan;
   bool operator==(const SharedPrint&) const = default;
 };
