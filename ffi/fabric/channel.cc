@@ -82,6 +82,16 @@ std::string Describe(const SharedPrint& print) {
          std::to_string(print.plan);
 }
 
+// What may be all that differs between two prints.
+std::string DescribeSizes(const SharedPrint& one, const SharedPrint& other) {
+  if (one.lent_bytes == other.lent_bytes) return "";
+  const auto show = [](const SharedPrint& print) {
+    return std::string("[") + std::to_string(print.lent_bytes[0]) + ", " +
+           std::to_string(print.lent_bytes[1]) + "] bytes in the ";
+  };
+  return "; a rank publishes " + show(one) + "one and " + show(other) + "other";
+}
+
 // What a process in this phase is doing, after "process 1".
 const char* Doing(Phase phase) {
   switch (phase) {
@@ -301,7 +311,7 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
     if (theirs != print) {
       return "in epoch " + std::to_string(epoch_) + " " + Ranks(here_) + " called " +
              Describe(print) + " and " + Ranks(neighbor->process()) + " called " +
-             Describe(theirs);
+             Describe(theirs) + DescribeSizes(print, theirs);
     }
   }
   return std::nullopt;

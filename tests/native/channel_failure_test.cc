@@ -55,7 +55,10 @@ class PlayedProcess {
   }
   void Publish(Epoch epoch, const SpanCall& call) {
     SharedPrint& print = words_.prints[epoch % 2];
-    print = {.op = {}, .dims = call.print.dims, .plan = call.print.plan};
+    print = {.op = {},
+             .dims = call.print.dims,
+             .lent_bytes = call.bytes,
+             .plan = call.print.plan};
     std::strncpy(print.op.data(), call.print.op, print.op.size() - 1);
     // The sizes of SpanCall fill the places that they are given.
     const std::int64_t bytes = call.bytes[0] + call.bytes[1];
@@ -356,6 +359,19 @@ EP_TEST(ProcessesThatCallDifferentThingsFail) {
                 "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
   CheckMismatch({.op = "dispatch", .dims = {64, 256}, .plan = 4000000000},
                 "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
+}
+
+// All that the error can tell of it is how much: the calls are the same by name.
+EP_TEST(ProcessesThatPublishDifferentSizesFail) {
+  Duel duel(1);
+  duel.theirs.bytes = {256, 128};
+  duel.peer.Publish(1, duel.theirs);
+  const std::string sizes =
+      "; a rank publishes [256, 64] bytes in the one and [256, 128] bytes in the other";
+  CheckFailed(duel.job.Attend(duel.own).Wait(),
+              {"in epoch 1 rank 0 of process 0 called " + std::string(kDescribed) +
+               " and rank 1 of process 1 called " + kDescribed + sizes});
+  duel.CheckIsOver({sizes});
 }
 
 // A name longer than what processes share of it is cut, not run over.
