@@ -1,7 +1,7 @@
 """Times the exchange between processes of one host against the same ranks in one process.
 
-Clusters of processes are started in turn, several times each, and what is compared in one cluster
-takes turns there. A call's time is that of the process it takes longest in. Results are checked.
+Clusters of processes are started in turn, several times each. A call's time is that of the process
+it takes longest in. Results are checked.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from jax_ep.testing import multiprocess
 _ONE, _TWO = "1 process x 8 devices", "2 processes x 4 devices"
 _EXCHANGE, _XLA = "plan + dispatch + combine", "the same by 'xla'"
 _DISPATCH, _PLAN, _GATHER = "dispatch", "plan", "XLA's all-gather of the choices"
+_WARMUP = 5
 # Two processes' time over one's, and the time of XLA's collectives over ours, at most and at least.
 _GOALS = {"slower": 1.6, "faster": 5.0}
 
 _shapes = flags.DEFINE_multi_enum("shapes", [*EXCHANGE_SHAPES], [*EXCHANGE_SHAPES], "What to run.")
 _rounds = flags.DEFINE_integer("rounds", 4, "Clusters of each kind and shape.", lower_bound=1)
-_repeats = flags.DEFINE_integer("repeats", 15, "Runs of each in a cluster.", lower_bound=1)
+_repeats = flags.DEFINE_integer("repeats", 30, "Runs of each in a cluster.", lower_bound=1)
 _calls = flags.DEFINE_integer("calls", 5000, "Calls of one token.", lower_bound=1)
 _quick = flags.DEFINE_bool("quick", False, "One small case, a few rounds: does it all still run?")
 
@@ -49,21 +50,19 @@ def _in_two(folder: str, shape: Shape, repeats: dict[str, int]) -> None:
 
 
 def _measure(folder: pathlib.Path, shape: Shape, repeats: dict[str, int]) -> None:
-    """Runs each contender so many times, in turn, and saves how long each run took here."""
+    """Runs each contender so many times, and saves how long each run took here."""
     mesh = make_mesh(shape.num_ranks)
     inputs = make_inputs(shape, 0.0)
     calls = _contenders(shape, mesh, _place(mesh, inputs), inputs)
-    barrier = _barrier(mesh)
-    for name in repeats:
-        for _ in range(3):
-            jax.block_until_ready(calls[name]())
+    # One after the other, and each back to back: what comes after another takes the processes
+    # differently long, and a call then waits for the one that is late.
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
-    for turn in range(max(repeats.values())):
-        for name in (name for name, count in repeats.items() if turn < count):
-            barrier()
+    for name, count in repeats.items():
+        for turn in range(-_WARMUP, count):
             start = time.perf_counter()
             result = jax.block_until_ready(calls[name]())
-            seconds[name].append(time.perf_counter() - start)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
             del result
     for i, name in enumerate(repeats):
         np.save(folder / f"{i}-{jax.process_index()}.npy", seconds[name])
@@ -91,14 +90,6 @@ def _contenders(
         _PLAN: lambda: make_plan(topk_idx),
         _GATHER: lambda: gather(topk_idx),
     }
-
-
-def _barrier(mesh: Mesh) -> Callable[[], Any]:
-    """Returns what lets all processes go on at once: what came before took some of them longer."""
-    make_plan = planner(TOKEN, "native", "uninitialized")
-    meet = over_ranks(lambda idx: make_plan(idx).group_sizes, mesh)
-    topk_idx = _place(mesh, make_inputs(TOKEN, 0.0))[1]
-    return lambda: jax.block_until_ready(meet(topk_idx))
 
 
 def _place(mesh: Mesh, inputs: Inputs) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ AXIS = "expert"
 PerRank = Callable[..., Any]
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """Returns all devices, those of several processes in turn: neighbors are in different ones."""
     by_process = [jax.local_devices(process) for process in range(jax.process_count())]
     return [device for place in zip(*by_process, strict=True) for device in place]

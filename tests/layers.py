@@ -105,6 +105,7 @@ def whole(a: jax.Array) -> jax.Array:
     """Returns a global array as each process can read it."""
     if getattr(a, "is_fully_addressable", True):
         return a
+    assert isinstance(a.sharding, NamedSharding)
     everywhere = NamedSharding(a.sharding.mesh, PartitionSpec())
     return jax.jit(lambda a: a, out_shardings=everywhere)(a)
 

@@ -64,6 +64,7 @@ def test_wrong_sums_and_rows_are_found(programs):
     assert programs._num_wrong_rows(wrong[:, ::-1], right[:, ::-1], np.array([[1]], np.int32)) == 0
 
 
+@pytest.mark.once
 def test_it_runs_and_records_every_contender():
     require("native")
     command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), "--quick"]

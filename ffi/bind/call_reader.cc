@@ -71,7 +71,11 @@ Whereabouts CallReader::ReadWhereabouts() {
 }
 
 void CallReader::Require(bool holds, const char* what) {
-  if (!holds && !error_) error_ = std::string("bad call: it must have ") + what;
+  if (!holds) Fail(std::string("bad call: it must have ") + what);
+}
+
+void CallReader::Fail(const std::string& why) {
+  if (!error_) error_ = why;
 }
 
 void* CallReader::Checked(const Tensor& tensor, const char* name, ffi::DataType type,

@@ -69,6 +69,7 @@ class CallReader {
   }
 
   void Require(bool holds, const char* what);
+  void Fail(const std::string& why);
   bool failed() const { return error_.has_value(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
 

@@ -21,6 +21,7 @@
 #include <variant>
 #include <vector>
 
+#include "fabric/cores.h"
 #include "fabric/futex.h"
 
 namespace jax_ep {
@@ -113,6 +114,10 @@ const char* Doing(Phase phase) {
       return "pulling";
   }
   return "in no known phase";
+}
+
+bool Works(Phase phase) {
+  return phase == Phase::kPublishing || phase == Phase::kPulling;
 }
 
 // "pulling, in epoch 5"
@@ -406,8 +411,23 @@ void Channel::Enter(Phase phase) {
   ProcessWords& own = links_.own->words();
   own.epoch.store(epoch_, std::memory_order_relaxed);
   own.phase.store(phase, std::memory_order_relaxed);
+  if (Works(phase)) ShareCores(own);
   Ring(own.bell);
   if (options_.on_phase) options_.on_phase(phase, epoch_);
+}
+
+// Leaves its core to another process's thread that works there. Of two only one goes,
+// or they would meet again elsewhere.
+void Channel::ShareCores(ProcessWords& own) const {
+  const std::int32_t core = ThisCore();
+  const auto works_here = [&](const auto& neighbor) {
+    const ProcessWords& words = neighbor->words();
+    return neighbor->process() < here_ &&
+           words.core.load(std::memory_order_relaxed) == core &&
+           Works(words.phase.load(std::memory_order_relaxed));
+  };
+  if (std::ranges::any_of(links_.neighbors, works_here)) LeaveCore();
+  own.core.store(ThisCore(), std::memory_order_relaxed);
 }
 
 // From here on every exchange of this channel fails.

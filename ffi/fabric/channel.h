@@ -94,6 +94,7 @@ class Channel : public Relay {
   Failure Trouble(const Neighbor& neighbor, const char* what) const;
   std::string Here() const;
   void Enter(Phase phase);
+  void ShareCores(ProcessWords& own) const;
   void GiveUp(const std::string& why, std::vector<std::shared_ptr<Meeting>> meetings);
   void Fail(const std::vector<std::shared_ptr<Meeting>>& meetings);
   std::string Ranks(std::int32_t process) const;

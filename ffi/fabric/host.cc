@@ -256,7 +256,8 @@ std::variant<std::unique_ptr<Neighbor>, std::string> Host::Find(
   for (;;) {
     const std::uint32_t seen = board.opened.load(std::memory_order_acquire);
     const bool was_alive = other.alive();
-    if ((words = other.Find(key)) != nullptr) break;
+    words = other.Find(key);
+    if (words != nullptr) break;
     const Clock::time_point now = Clock::now();
     if (!was_alive) return name + " has ended";
     if (now >= deadline) {

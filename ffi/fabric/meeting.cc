@@ -263,7 +263,7 @@ std::vector<MeetingPoint::Notice> MeetingPoint::FailExpired() {
     for (const std::int32_t rank : meeting->Missing()) {
       failure += WhereIs(*meeting, rank);
     }
-    std::ranges::move(Fail(*meeting, std::move(failure)), std::back_inserter(notices));
+    std::ranges::move(Fail(*meeting, failure), std::back_inserter(notices));
   }
   return notices;
 }

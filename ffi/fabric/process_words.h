@@ -51,8 +51,9 @@ struct alignas(64) ProcessWords {
 
   alignas(64) Bell bell;  // rung after every change of what follows
   std::atomic<Phase> phase;
-  std::atomic<Epoch> epoch;      // that the phase is of
-  std::atomic<Epoch> announced;  // the leader's: epochs that it has named
+  std::atomic<Epoch> epoch;        // that the phase is of
+  std::atomic<std::int32_t> core;  // where it began
+  std::atomic<Epoch> announced;    // the leader's: epochs that it has named
   std::atomic<Epoch> published;
   std::atomic<Epoch> finished;
   std::atomic<Epoch> gave_up;  // in which it failed; 0: it has not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ FAILURES = (jax.errors.JaxRuntimeError, ValueError)
 class Layer:
     """A layer over some devices, with what it must give."""
 
-    def __init__(self, devices: list[jax.Device]):
+    def __init__(self, devices: list[Any]):
         self.num_ranks = len(devices)
         self.mesh = Mesh(np.array(devices), ("expert",))
         self.program = jax.jit(
@@ -109,12 +110,14 @@ def test_a_killed_process(when: str) -> None:
     _loses_process_1(when, "kill", "had ended, ")
 
 
+@pytest.mark.once
 @every_phase
 @multiprocess(3, 1, timeout=100)
 def test_a_stopped_process(when: str) -> None:
     _loses_process_1(when, "stop", rf"had not .* after {WAIT} s; that process was last seen ")
 
 
+@pytest.mark.once
 @every_phase
 @multiprocess(3, 1, timeout=100)
 def test_a_process_that_exits(when: str) -> None:
@@ -180,6 +183,7 @@ def test_a_process_that_never_comes() -> None:
     fails_in_time(layer, r"process 1 had not published .* last seen between exchanges, in epoch 3")
 
 
+@pytest.mark.once
 @multiprocess(2, 2, timeout=100)
 def test_a_process_that_comes_late() -> None:
     """Later than anybody spins, and within the time-out: nothing is lost."""

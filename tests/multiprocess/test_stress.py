@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from implementations import require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,6 +36,7 @@ class Shape:
         return cls(*(int(rng.integers(a, b)) for a, b in zip(low, high, strict=True)))
 
 
+@pytest.mark.once
 @multiprocess(4, 2, timeout=280)
 def test_every_row_of_many_exchanges() -> None:
     require("native")

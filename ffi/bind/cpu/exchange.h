@@ -104,8 +104,58 @@ struct SpanningCall {
 
 SpanningCall ReadSpanningCall(CallReader& reader);
 
-// Takes part in an exchange with the other devices. Returns without
-// waiting for them: XLA goes on with what does not need the result.
+// Finds out with whom a call's rank exchanges, and what it publishes if they are not
+// all in this process: then it returns where they are.
+template <typename Op>
+std::shared_ptr<const Span> FindSpan(CallSite* site, std::int32_t device,
+                                     CallReader& reader, PendingCall<Op>& call) {
+  if (reader.Attribute("num_processes") <= 1) return nullptr;
+  const Whereabouts& where = reader.where();
+  const SpanningCall spanning = ReadSpanningCall(reader);
+  if (reader.failed()) return nullptr;
+  auto found = site->SpanOf(device, *where.group, spanning.roll, where.num_ranks);
+  if (const auto* problem = std::get_if<std::string>(&found)) {
+    reader.Fail(*problem);
+    return nullptr;
+  }
+  auto span = std::move(std::get<std::shared_ptr<const Span>>(found));
+  if (span) call.publication = Op::PublicationOf(call.args, spanning, *span);
+  return span;
+}
+
+// What a call's rank does at the meeting; the caller adds when and where that is.
+template <typename Op>
+Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& call,
+                        const Whereabouts& where) {
+  const PublishRowsArgs& publication = call->publication;
+  Attendance attendance = {
+      .key = {},
+      .print = Op::PrintOf(call->args),
+      .rank = *where.rank,
+      .num_ranks = static_cast<std::int32_t>(where.num_ranks),
+      .lent = Op::LentBy(call->args),
+      .make_work =
+          [call](const PeerTables& tables) {
+            Op::SetPeers(call->args, tables);
+            return Op::MakeWork(call->args);
+          },
+      .done = [call](const auto& failure) { Complete(call->promise, failure); },
+      .schedule = nullptr,
+      .lent_bytes = {publication.num_rows * publication.row_bytes,
+                     publication.whole_bytes},
+      .make_publication =
+          [call](const std::array<void*, 2>& places) {
+            call->publication.to = places[0];
+            call->publication.whole_to = places[1];
+            return PublishRowsWork(call->publication);
+          },
+  };
+  attendance.print.plan = *where.fingerprint;
+  return attendance;
+}
+
+// Takes part in an exchange with the other devices. Returns without waiting for them:
+// XLA goes on with what does not need the result.
 template <typename Op>
 ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
                             ffi::ThreadPool pool, ffi::RemainingArgs operands,
@@ -119,19 +169,7 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
     reader.Require(*where.rank >= 0 && *where.rank < where.num_ranks,
                    "a rank of these");
   }
-  std::shared_ptr<const Span> span;
-  if (reader.Attribute("num_processes") > 1) {
-    const SpanningCall spanning = ReadSpanningCall(reader);
-    if (!reader.failed()) {
-      auto found = site->SpanOf(device, *where.group, spanning.roll, where.num_ranks);
-      if (auto* problem = std::get_if<std::string>(&found)) {
-        call->promise.SetError(ffi::Error::InvalidArgument("jax_ep: " + *problem));
-        return future;
-      }
-      span = std::move(std::get<std::shared_ptr<const Span>>(found));
-      if (span) call->publication = Op::PublicationOf(call->args, spanning, *span);
-    }
-  }
+  const auto span = FindSpan(site, device, reader, *call);
   if (reader.failed()) {
     call->promise.SetError(reader.error());
     return future;
@@ -142,32 +180,12 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
     while (span && !span->IsHere(first)) ++first;
     call->args.makes_all = *where.rank == first;
   }
-  CallPrint print = Op::PrintOf(call->args);
-  print.plan = *where.fingerprint;
-  const PublishRowsArgs& publication = call->publication;
-  ProcessMeetingPoint().Attend({
-      .key = {.run_id = run.run_id, .call_site = site->number, .group = *where.group},
-      .print = print,
-      .rank = *where.rank,
-      .num_ranks = static_cast<std::int32_t>(where.num_ranks),
-      .lent = Op::LentBy(call->args),
-      .make_work =
-          [call](const PeerTables& tables) {
-            Op::SetPeers(call->args, tables);
-            return Op::MakeWork(call->args);
-          },
-      .done = [call](const auto& failure) { Complete(call->promise, failure); },
-      .schedule = ScheduleOn(pool),
-      .span = span,
-      .lent_bytes = {publication.num_rows * publication.row_bytes,
-                     publication.whole_bytes},
-      .make_publication =
-          [call](const std::array<void*, 2>& places) {
-            call->publication.to = places[0];
-            call->publication.whole_to = places[1];
-            return PublishRowsWork(call->publication);
-          },
-  });
+  Attendance attendance = AttendanceOf(call, where);
+  attendance.key = {
+      .run_id = run.run_id, .call_site = site->number, .group = *where.group};
+  attendance.schedule = ScheduleOn(pool);
+  attendance.span = span;
+  ProcessMeetingPoint().Attend(attendance);
   return future;
 }
 

@@ -1,9 +1,9 @@
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -164,9 +164,10 @@ int jax_ep_open_board(std::int32_t* address, char* problem, int problem_bytes) {
 // has two numbers in `addresses`, as above. To be called once, after jax_ep_open_board.
 int jax_ep_join(std::int32_t here, std::int32_t num_processes,
                 const std::int32_t* addresses, char* problem, int problem_bytes) {
-  std::vector<jax_ep::BoardAddress> boards;
-  for (std::int32_t i = 0; i < num_processes; ++i) {
-    boards.push_back({.process = addresses[2 * i], .number = addresses[2 * i + 1]});
+  std::vector<jax_ep::BoardAddress> boards(static_cast<std::size_t>(num_processes));
+  for (jax_ep::BoardAddress& board : boards) {
+    board = {.process = addresses[0], .number = addresses[1]};
+    addresses += 2;
   }
   if (const auto why = jax_ep::unjoined_host->Join(here, boards)) {
     std::snprintf(problem, static_cast<std::size_t>(problem_bytes), "%s", why->c_str());
