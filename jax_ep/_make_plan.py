@@ -29,8 +29,8 @@ def make_plan(
 ) -> Plan:
     """Plans where every choice of every rank goes.
 
-    Called by all ranks of the axis with their own ``topk_idx``; each learns the
-    others' (``num_tokens * num_topk`` indices per rank), and the rest follows from these alone.
+    Called by all ranks of the axis with their own ``topk_idx``; each learns the others'
+    (``num_tokens * num_topk`` indices per rank), and the rest follows from these alone.
 
     Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``.
     Kept choices are laid out on the rank of their expert in the order (local expert, source rank,
@@ -67,6 +67,8 @@ def make_plan(
         or names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or
         rows.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
+      TimeoutError: another process of the job has not traced an exchange in time, see
+        ``set_wait_timeout``; with ``implementation="xla"`` no process waits.
 
     Example:
       >>> import jax.numpy as jnp, jax_ep

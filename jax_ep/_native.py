@@ -16,6 +16,7 @@ from jax_ep import _processes
 from jax_ep._compat import ffi_minor_version, result_type, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._plan import Plan, PlanArrays
+from jax_ep._types import Fabric
 
 Platform = Literal["cpu", "gpu"]
 
@@ -30,7 +31,7 @@ def serves(layout: Layout) -> bool:
     if platform in _LIBRARIES and (reason := _library_problem(platform)) is not None:
         _warn_once(reason)
         return False
-    return unavailable_reason() is None and _unserved(platform, layout) is None
+    return unavailable_reason(layout) is None
 
 
 def unavailable_reason(layout: Layout | None = None) -> str | None:
@@ -40,15 +41,16 @@ def unavailable_reason(layout: Layout | None = None) -> str | None:
         return f"there is native code for cpu and gpu, and the default backend is {platform!r}"
     if (reason := _library_problem(platform)) is not None:
         return reason
-    if jax.process_count() > 1 and (reason := _processes_problem(platform)) is not None:
+    if layout is not None and (reason := _unserved(platform, layout)) is not None:
         return reason
-    return None if layout is None else _unserved(platform, layout)
+    alone = layout is not None and _fabric(layout) == "stacked"
+    return None if alone or jax.process_count() == 1 else _processes_problem(platform)
 
 
 def _unserved(platform: Platform, layout: Layout) -> str | None:
     if platform == "cpu":
         return None
-    if layout.fabric == "devices" and layout.num_ranks > 1:
+    if _fabric(layout) == "devices":
         return (
             "native code on GPUs serves one rank, or the ranks of a vmap axis on one GPU, and "
             f"these are {layout.num_ranks} GPUs"
@@ -59,6 +61,11 @@ def _unserved(platform: Platform, layout: Layout) -> str | None:
             f"{layout.num_topk}"
         )
     return None
+
+
+def _fabric(layout: Layout) -> Fabric:
+    """Returns how ranks meet: one rank meets nobody, whatever the mesh."""
+    return layout.fabric if layout.num_ranks > 1 else "stacked"
 
 
 def _platform() -> Any:
@@ -92,6 +99,9 @@ def set_wait_timeout(seconds: float) -> float:
 
     On expiry every rank that was waiting gets an error that names the op, the rank, the peers that
     did not come and the time waited; the process goes on. It holds for waits that begin later.
+
+    Between processes it bounds each wait of an exchange for another process, and how long the first
+    trace waits for the others to say on which host they run. Set it alike in all of them.
 
     Args:
       seconds: the new limit, above 0. It is 60 until set.
@@ -249,14 +259,14 @@ def _call(
     _register(_platform())
     for name in ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity"):
         attributes[name] = getattr(layout, name)
-    # A plain vmap around the ranks' own: independent exchanges, in turn.
-    fabric = layout.fabric if layout.num_ranks > 1 else "stacked"  # one rank meets nobody
+    fabric = _fabric(layout)
     if fabric == "devices":
         attributes["num_processes"] = 1
         if jax.process_count() > 1:
             more, spanning = _spanning(layout, operands[0], operands, published)
             operands += more
             attributes |= spanning
+    # A plain vmap around the ranks' own: independent exchanges, in turn.
     call = jax.ffi.ffi_call(f"jax_ep_{op}_{fabric}", results, vmap_method="sequential")
     return call(*operands, **{name: np.int64(value) for name, value in attributes.items()})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -91,6 +92,8 @@ def test_processes_of_several_hosts_use_xla_and_native_says_why_not() -> None:
     assert _chosen() == "xla"
     with pytest.raises(NotImplementedError, match=r"implementation='native'.* are on 2\b"):
         _chosen("native")
+    alone = jax_ep.make_plan(jnp.zeros((2, 1), jnp.int32), num_experts=2)
+    assert alone.implementation == "native"
 
 
 @multiprocess(2, 1)
