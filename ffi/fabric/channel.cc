@@ -30,9 +30,6 @@ namespace {
 // Longer than a process that runs takes to answer, shorter than waking one up.
 constexpr std::chrono::microseconds kSpin{30};
 
-// How soon the end of a process is noticed.
-constexpr std::chrono::milliseconds kLook{50};
-
 constexpr std::size_t kAlignment = 64;
 
 void Pause() {
@@ -66,6 +63,10 @@ struct HalfLayout {
   std::array<std::int64_t, 2> lent_bytes;
   std::size_t rank_bytes;
 };
+
+ExchangeName NameOf(const Meeting& meeting) {
+  return {.site = meeting.span->site, .run_id = meeting.key.run_id};
+}
 
 SharedPrint PrintOf(const Meeting& meeting) {
   const CallPrint& print = meeting.print;
@@ -189,8 +190,7 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
     if (stopping_) return nullptr;
     failure = failure_;
     if (failure) return nullptr;
-    const Meeting& oldest = *waiting_.front();
-    name = {.site = oldest.span->site, .run_id = oldest.key.run_id};
+    name = NameOf(*waiting_.front());
   }
   ++epoch_;
   timeout_ = options_.timeout();
@@ -233,10 +233,8 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
   std::unique_lock lock(mutex_);
   auto found = waiting_.end();
   const auto is_there = [&] {
-    found = std::ranges::find_if(waiting_, [&](const auto& meeting) {
-      return ExchangeName{.site = meeting->span->site, .run_id = meeting->key.run_id} ==
-             name;
-    });
+    found = std::ranges::find_if(
+        waiting_, [&](const auto& meeting) { return NameOf(*meeting) == name; });
     return stopping_ || failure_ || found != waiting_.end();
   };
   if (!changed_.wait_until(lock, deadline_, is_there)) {

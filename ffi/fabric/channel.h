@@ -48,6 +48,9 @@ struct Links {
 
 using Clock = std::chrono::steady_clock;
 
+// How soon the end of a process is noticed.
+inline constexpr std::chrono::milliseconds kLook{50};
+
 // Connects with the other processes of a channel, or says why not.
 using Connect =
     std::function<std::variant<Links, std::string>(Clock::time_point deadline)>;

@@ -28,8 +28,6 @@
 namespace jax_ep {
 namespace {
 
-constexpr std::chrono::milliseconds kLook{50};
-
 // What the words of one channel carry in all processes; never 0.
 std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int32_t group) {
   std::uint64_t hash = 0xcbf29ce484222325ULL;

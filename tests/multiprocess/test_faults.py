@@ -59,6 +59,15 @@ class Layer:
             np.testing.assert_allclose(shard.data, K * np.tanh(x[shard.index]), rtol=1e-5)
 
 
+def layer_that_ran(timeout: float) -> Layer:
+    """Returns a layer over all devices after its first run, which XLA's collectives are part of."""
+    require("native")
+    layer = Layer(jax.devices())
+    layer.run()
+    jax_ep.set_wait_timeout(timeout)
+    return layer
+
+
 def rank_of(process: int) -> int:
     return process * len(jax.local_devices())
 
@@ -125,10 +134,7 @@ def test_a_process_that_exits(when: str) -> None:
 
 
 def _loses_process_1(when: str, how: str, fate: str) -> None:
-    require("native")
-    layer = Layer(jax.devices())
-    layer.run()
-    jax_ep.set_wait_timeout(WAIT)
+    layer = layer_that_ran(WAIT)
     kill(1, when=when, how=how, exchanges=1)
     if jax.process_index() == 1:
         layer.run(1)
@@ -142,10 +148,7 @@ def _loses_process_1(when: str, how: str, fate: str) -> None:
 
 @multiprocess(4, 1, timeout=100)
 def test_two_killed_at_once() -> None:
-    require("native")
-    layer = Layer(jax.devices())
-    layer.run()
-    jax_ep.set_wait_timeout(WAIT)
+    layer = layer_that_ran(WAIT)
     kill(1, when="publishing")
     kill(3, when="publishing")
     if jax.process_index() in (1, 3):
@@ -158,10 +161,7 @@ def test_two_killed_at_once() -> None:
 @multiprocess(3, 1, timeout=100)
 def test_the_coordinator_stopped() -> None:
     """Its process leads the exchange too."""
-    require("native")
-    layer = Layer(jax.devices())
-    layer.run()
-    jax_ep.set_wait_timeout(WAIT)
+    layer = layer_that_ran(WAIT)
     kill(0, when="awaiting", how="stop")
     if jax.process_index() == 0:
         layer.run(1)
@@ -171,10 +171,7 @@ def test_the_coordinator_stopped() -> None:
 
 @multiprocess(3, 1, timeout=100)
 def test_a_process_that_never_comes() -> None:
-    require("native")
-    layer = Layer(jax.devices())
-    layer.run()
-    jax_ep.set_wait_timeout(WAIT)
+    layer = layer_that_ran(WAIT)
     if jax.process_index() == 1:
         time.sleep(WAIT + 2)
         with pytest.raises(FAILURES, match="had given up"):
@@ -187,10 +184,7 @@ def test_a_process_that_never_comes() -> None:
 @multiprocess(2, 2, timeout=100)
 def test_a_process_that_comes_late() -> None:
     """Later than anybody spins, and within the time-out: nothing is lost."""
-    require("native")
-    layer = Layer(jax.devices())
-    layer.run()
-    jax_ep.set_wait_timeout(30)
+    layer = layer_that_ran(30)
     if jax.process_index() == 1:
         time.sleep(10)
     layer.run(1)
