@@ -45,22 +45,20 @@ __device__ bool IsSameToken(const GatherRowsArgs& args, std::int64_t a,
   return args.recv_choice[a] / topk == args.recv_choice[b] / topk;
 }
 
-// One row of blocks per stacked rank. Its warps share the receive list; each takes the
+// A rank's warps share the receive list; each takes the
 // entries that are the first of their token, with those of the same token behind them.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs first) {
-  const GatherRowsArgs args = first.OfStacked(blockIdx.y);
+  const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
-  const std::int64_t warp =
-      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
-  for (std::int64_t entry = warp; entry < received.entries; entry += warps) {
+  for (std::int64_t entry = WarpOfRank(); entry < received.entries;
+       entry += WarpsOfRank()) {
     if (entry > 0 && IsSameToken(args, entry, entry - 1)) continue;
     std::int64_t end = entry + 1;
     while (end < received.entries && IsSameToken(args, entry, end)) ++end;
     CopyToken<Unit>(args, entry, end);
   }
-  ZeroUnfilled<Unit>(args, received.rows, warp, warps);
+  ZeroUnfilled<Unit>(args, received.rows);
 }
 
 }  // namespace
@@ -68,10 +66,9 @@ __global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs fir
 cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                      cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
-  const dim3 blocks(BlocksFor(args.capacity, kWarps, num_stacked),
-                    static_cast<unsigned>(num_stacked));
   const auto launch = [&](auto kernel) {
-    return Launch(kernel, blocks, kThreads, stream, args);
+    return LaunchStacked(kernel, args, num_stacked, args.capacity, kWarps, kThreads,
+                         stream);
   };
   // XLA aligns its buffers, so that the rows decide which units they consist of.
   if (AreAligned(16, args.row_bytes)) return launch(CopyRowsKernel<uint4>);

@@ -16,6 +16,14 @@ __device__ inline int WarpInBlock() {
   return static_cast<int>(threadIdx.x) / kWarpSize;
 }
 
+// A warp among those of all blocks of LaunchStacked that work for one rank.
+__device__ inline std::int64_t WarpOfRank() {
+  return static_cast<std::int64_t>(blockIdx.y) * kWarps + WarpInBlock();
+}
+__device__ inline std::int64_t WarpsOfRank() {
+  return static_cast<std::int64_t>(gridDim.y) * kWarps;
+}
+
 __device__ inline std::int64_t WarpSum(std::int64_t value) {
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, lanes);

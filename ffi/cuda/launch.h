@@ -27,19 +27,34 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 blocks, int threads,
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Returns how many blocks share `items` of work, `items_per_block` at a time: enough to
-// fill the device, each working until nothing is left, or fewer where there is less.
-inline unsigned BlocksFor(std::int64_t items, std::int64_t items_per_block,
-                          std::int64_t sharing) {
-  constexpr std::int64_t kBlocksPerProcessor = 8;
+// Launches a kernel whose blocks share the `items` of each stacked rank, at least
+// `per_block` at a time: as many blocks as the device runs at once, each of which works
+// until nothing is left, or fewer where there is less. Blocks of all ranks are
+// neighbours. They come to the same tokens at about the same time, so that what one
+// rank read is still in the cache for the others.
+template <typename Args>
+cudaError_t LaunchStacked(void (*kernel)(Args), const Args& args,
+                          std::int64_t num_stacked, std::int64_t items,
+                          std::int64_t per_block, int threads, cudaStream_t stream) {
+  if (num_stacked == 0) return cudaSuccess;
   int device = 0;
-  int processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const std::int64_t wanted = (items + items_per_block - 1) / items_per_block;
-  const std::int64_t fill = (processors * kBlocksPerProcessor + sharing - 1) /
-                            std::max<std::int64_t>(sharing, 1);
-  return static_cast<unsigned>(std::min(wanted, std::max<std::int64_t>(fill, 1)));
+  int processors = 0;
+  int blocks_each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, 0);
+  if (error != cudaSuccess) return error;
+  constexpr std::int64_t kMaxBlocks = 65535;  // in the grid's second dimension
+  const std::int64_t wanted = (items + per_block - 1) / per_block;
+  const std::int64_t fill =
+      (std::int64_t{processors} * blocks_each + num_stacked - 1) / num_stacked;
+  const std::int64_t blocks = std::min({wanted, fill, kMaxBlocks});
+  return Launch(kernel,
+                dim3(static_cast<unsigned>(num_stacked), static_cast<unsigned>(blocks)),
+                threads, stream, args);
 }
 
 }  // namespace jax_ep

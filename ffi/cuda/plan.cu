@@ -9,6 +9,7 @@ std::int64_t PlanWorkspace(const PlanArgs& args) { return PlanTables::Words(args
 
 cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
                       std::int32_t* workspace, cudaStream_t stream) {
+  if (args.num_ranks > kMaxRanks) return cudaErrorInvalidValue;
   const PlanTables tables(args, first, workspace);
   for (const auto kernel : {CountAsked, FindCutoffs, CountKept, LayOut, Place}) {
     if (const cudaError_t error = kernel(tables, stream); error != cudaSuccess) {

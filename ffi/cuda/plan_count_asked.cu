@@ -5,20 +5,33 @@
 namespace jax_ep {
 namespace {
 
+// Files where the tile's choices go by their priority, for ranks that overflow.
+__device__ void FileDests(const PlanTables& tables, const Tile& tile) {
+  const auto local = static_cast<std::int32_t>(tables.args.num_local_experts());
+#pragma unroll
+  for (int j = 0; j < kChoicesPerLane; ++j) {
+    const std::int64_t i = tile.Choice(j);
+    if (i >= tile.end) continue;
+    const std::int32_t expert = tile.experts[j];
+    tables.dest_by_priority[tables.Priority(tile.source, i)] =
+        expert == kDropped ? kNowhere : static_cast<std::uint16_t>(expert / local);
+  }
+}
+
 // A warp per tile.
 __global__ void __launch_bounds__(kThreads) CountAskedKernel(PlanTables tables) {
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  const std::int64_t row = TileRow();
   if (row >= tables.rows()) return;
+  const Tile tile(tables, row);
   const auto all = [](std::int32_t, std::int64_t) { return true; };
-  CountTile(tables, Tile(tables, row), all, tables.asked);
+  CountTile(tables, tile, all, tables.asked);
+  FileDests(tables, tile);
 }
 
 }  // namespace
 
 cudaError_t CountAsked(const PlanTables& tables, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
-  return Launch(CountAskedKernel, blocks, kThreads, stream, tables);
+  return LaunchOnTiles(CountAskedKernel, tables, stream);
 }
 
 }  // namespace jax_ep

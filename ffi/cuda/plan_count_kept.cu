@@ -7,8 +7,7 @@ namespace {
 
 // A warp per tile.
 __global__ void __launch_bounds__(kThreads) CountKeptKernel(PlanTables tables) {
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+  const std::int64_t row = TileRow();
   if (row >= tables.rows()) return;
   if (!tables.Overflows()) {
     const std::int64_t begin = row * tables.columns;
@@ -28,8 +27,7 @@ __global__ void __launch_bounds__(kThreads) CountKeptKernel(PlanTables tables) {
 }  // namespace
 
 cudaError_t CountKept(const PlanTables& tables, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
-  return Launch(CountKeptKernel, blocks, kThreads, stream, tables);
+  return LaunchOnTiles(CountKeptKernel, tables, stream);
 }
 
 }  // namespace jax_ep

@@ -5,76 +5,97 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kCutoffThreads = 1024;
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
+constexpr int kCutoffWarps = 32;
+constexpr int kCutoffThreads = kCutoffWarps * kWarpSize;
 
-// Calls visit(priority) for all choices that go to `dest`, by a block.
-template <typename Visit>
-__device__ void ForEachIncoming(const PlanTables& tables, std::int64_t dest,
-                                Visit visit) {
-  const auto local = static_cast<std::int32_t>(tables.args.num_local_experts());
-  for (std::int64_t source = 0; source < tables.args.num_ranks; ++source) {
-    const std::int32_t* choices = tables.args.ChoicesOf(source);
-    for (std::int64_t i = threadIdx.x; i < tables.args.choices_per_rank();
-         i += blockDim.x) {
-      const std::int32_t expert = LoadPeer(choices + i);
-      if (expert != kDropped && expert / local == dest)
-        visit(tables.Priority(source, i));
-    }
+// Neighbours in the order of priority: what a lane loads at once, and all of its warp.
+constexpr int kPerLoad = 8;
+constexpr std::int64_t kPerChunk = std::int64_t{kPerLoad} * kWarpSize;
+
+// Which of the kPerLoad choices from `first` on go to `dest`, as the bits of a number;
+// none, from `end` on. What fills up the last load counts: it lies behind all cutoffs.
+__device__ unsigned WhichGoTo(const PlanTables& tables, std::int64_t dest,
+                              std::int64_t first, std::int64_t end) {
+  if (first >= end) return 0;
+  struct alignas(16) {
+    std::uint16_t at[kPerLoad];
+  } dests;
+  static_assert(sizeof(dests) == sizeof(uint4));
+  const uint4 v = *reinterpret_cast<const uint4*>(tables.dest_by_priority + first);
+  __builtin_memcpy(&dests, &v, sizeof(v));
+  unsigned which = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLoad; ++j) {
+    if (dests.at[j] == dest) which |= 1U << j;
   }
+  return which;
 }
 
-// A block per destination rank. One that is asked for more than it holds finds the
-// priority of the first choice that does not fit, digit by digit: among the choices
-// that share the digits found so far it counts how many have which digit next.
+// The sum of all threads' numbers, by a block, which has read `sums` before.
+__device__ std::int64_t BlockSum(std::int64_t value, std::int32_t* sums) {
+  value = WarpSum(value);
+  if (Lane() == 0) sums[WarpInBlock()] = static_cast<std::int32_t>(value);
+  __syncthreads();
+  const std::int64_t sum = WarpSum(sums[Lane()]);
+  __syncthreads();
+  return sum;
+}
+
+// Returns the priority of the choice that goes to `dest` after `fits` others, by a
+// block: its warps share the order of priorities, count, and go on together in the part
+// of which that choice is.
+__device__ std::int64_t FindCutoff(const PlanTables& tables, std::int64_t dest,
+                                   std::int64_t fits, std::int32_t* counts) {
+  std::int64_t begin = 0;
+  std::int64_t end = tables.args.num_ranks * tables.args.choices_per_rank();
+  std::int64_t part = 0;  // how many choices a warp counts
+  while (part != kPerChunk) {
+    const std::int64_t chunks = (end - begin + kPerChunk - 1) / kPerChunk;
+    part = (chunks + kCutoffWarps - 1) / kCutoffWarps * kPerChunk;
+    const std::int64_t own = begin + WarpInBlock() * part;
+    std::int64_t count = 0;
+#pragma unroll 8
+    for (std::int64_t i = 0; i < part; i += kPerChunk) {
+      count += __popc(
+          WhichGoTo(tables, dest, own + i + std::int64_t{Lane()} * kPerLoad, end));
+    }
+    count = WarpSum(count);
+    if (Lane() == 0) counts[WarpInBlock()] = static_cast<std::int32_t>(count);
+    __syncthreads();
+    int warp = 0;
+    while (counts[warp] <= fits) fits -= counts[warp++];
+    __syncthreads();  // all have read the counts
+    begin += warp * part;
+    end = min(begin + part, end);
+  }
+  const std::int64_t first = begin + std::int64_t{Lane()} * kPerLoad;
+  const unsigned which = WhichGoTo(tables, dest, first, end);
+  const std::int64_t before = WarpScan(__popc(which)) - __popc(which);
+  std::int64_t cutoff = 0;
+  for (int j = 0; j < kPerLoad; ++j) {
+    const bool goes = (which >> j & 1) != 0;
+    const std::int64_t place = before + __popc(which & ((1U << j) - 1));
+    if (goes && place == fits) cutoff = first + j;
+  }
+  return WarpSum(cutoff);  // one lane has it
+}
+
+// A block per destination rank. Only one that is asked for more than it holds looks for
+// the first choice that does not fit.
 __global__ void __launch_bounds__(kCutoffThreads, 1)
     FindCutoffsKernel(PlanTables tables) {
-  __shared__ std::int64_t incoming;
-  __shared__ std::int32_t counts[kDigits];
-  __shared__ std::int32_t prefix;
-  __shared__ std::int64_t left;  // choices that fit beside those below the prefix
+  __shared__ std::int32_t counts[kCutoffWarps];
   const std::int64_t dest = blockIdx.x;
   const std::int64_t budget = tables.args.capacity - tables.args.num_local_experts() *
                                                          (tables.args.alignment - 1);
-  if (WarpInBlock() == 0) {
-    std::int64_t sum = 0;
-    for (std::int64_t row = Lane(); row < tables.rows(); row += kWarpSize) {
-      sum += tables.asked[row * tables.columns + tables.DestColumn(dest)];
-    }
-    sum = WarpSum(sum);
-    if (Lane() == 0) incoming = sum;
+  std::int64_t asked = 0;
+  for (std::int64_t row = threadIdx.x; row < tables.rows(); row += kCutoffThreads) {
+    asked += tables.asked[row * tables.columns + tables.DestColumn(dest)];
   }
-  if (threadIdx.x == 0) {
-    prefix = 0;
-    left = budget;
-  }
-  __syncthreads();
-  if (incoming <= budget) {
-    if (threadIdx.x == 0) tables.cutoff[dest] = kKeepAll;
-    return;
-  }
-  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    for (int digit = static_cast<int>(threadIdx.x); digit < kDigits;
-         digit += kCutoffThreads) {
-      counts[digit] = 0;
-    }
-    __syncthreads();
-    const std::int64_t found = prefix;
-    ForEachIncoming(tables, dest, [&](std::int32_t priority) {
-      const std::int64_t above =
-          static_cast<std::int64_t>(priority) >> (shift + kDigitBits);
-      if (above == found) atomicAdd(counts + ((priority >> shift) & (kDigits - 1)), 1);
-    });
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = 0;
-      while (counts[digit] <= left) left -= counts[digit++];
-      prefix = static_cast<std::int32_t>(found << kDigitBits) | digit;
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) tables.cutoff[dest] = prefix;
+  const std::int64_t incoming = BlockSum(asked, counts);
+  const std::int64_t cutoff =
+      incoming <= budget ? kKeepAll : FindCutoff(tables, dest, budget, counts);
+  if (threadIdx.x == 0) tables.cutoff[dest] = static_cast<std::int32_t>(cutoff);
 }
 
 }  // namespace

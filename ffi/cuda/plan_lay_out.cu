@@ -5,7 +5,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kLayOutWarps = 16;
+constexpr int kLayOutWarps = 32;
 constexpr int kLayOutThreads = kLayOutWarps * kWarpSize;
 
 // Sums of up to 32 neighbouring columns of a table, a column per lane, a run of rows
@@ -47,23 +47,12 @@ __device__ std::int32_t ScanColumns(const PlanTables& tables, std::int64_t first
   return total;
 }
 
-// How many choices of all ranks name an expert, by a warp.
-__device__ std::int32_t LoadOf(const PlanTables& tables, std::int64_t expert) {
-  std::int64_t sum = 0;
-  for (std::int64_t row = Lane(); row < tables.rows(); row += kWarpSize) {
-    sum += tables.asked[row * tables.columns + expert];
-  }
-  return static_cast<std::int32_t>(WarpSum(sum));
-}
-
-// A block per destination rank: lays out its groups and its receive list.
-__global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tables) {
-  __shared__ Columns columns;
-  const PlanArgs& args = tables.args;
-  const std::int64_t dest = blockIdx.x;
-  const std::int64_t num_local = args.num_local_experts();
-  const PlanOutputs plan = args.OfStacked(tables.first, dest);
-  const auto alignment = static_cast<std::int32_t>(args.alignment);
+// Lays out the groups of a rank's experts.
+__device__ void LayOutGroups(const PlanTables& tables, std::int64_t dest,
+                             Columns& columns) {
+  const std::int64_t num_local = tables.args.num_local_experts();
+  const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+  const auto alignment = static_cast<std::int32_t>(tables.args.alignment);
   std::int64_t start = 0;
   for (std::int64_t e = 0; e < num_local; e += kWarpSize) {
     const std::int64_t count = min(num_local - e, static_cast<std::int64_t>(kWarpSize));
@@ -80,12 +69,18 @@ __global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tab
     }
     start = __shfl_sync(kAllLanes, end, kWarpSize - 1);
   }
+}
+
+// Lays out a rank's receive list.
+__device__ void LayOutReceived(const PlanTables& tables, std::int64_t dest,
+                               Columns& columns) {
+  __shared__ std::int32_t num_received;
   const std::int64_t column = tables.DestColumn(dest);
   const std::int32_t received = ScanColumns(tables, column, 1, columns);
-  __shared__ std::int32_t num_received;
   if (threadIdx.x == 0) num_received = received;
   __syncthreads();
-  for (std::int64_t s = threadIdx.x; s < args.num_ranks; s += blockDim.x) {
+  const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+  for (std::int64_t s = threadIdx.x; s < tables.args.num_ranks; s += blockDim.x) {
     const std::int64_t row = s * tables.tiles_per_source;
     const std::int64_t next = row + tables.tiles_per_source;
     const std::int32_t end = next < tables.rows()
@@ -93,20 +88,47 @@ __global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tab
                                  : num_received;
     plan.recv_counts[s] = end - tables.placed[row * tables.columns + column];
   }
+}
+
+// Tells all ranks how many choices name the experts of one. A warp per expert.
+__device__ void TellLoads(const PlanTables& tables, std::int64_t dest) {
+  const std::int64_t num_local = tables.args.num_local_experts();
   for (std::int64_t e = WarpInBlock(); e < num_local; e += kLayOutWarps) {
-    const std::int32_t load = LoadOf(tables, dest * num_local + e);
-    for (std::int64_t rank = Lane(); rank < args.num_ranks; rank += kWarpSize) {
-      args.OfStacked(tables.first, rank).expert_load[dest * num_local + e] = load;
+    const std::int64_t expert = dest * num_local + e;
+    std::int64_t sum = 0;
+#pragma unroll 8
+    for (std::int64_t row = Lane(); row < tables.rows(); row += kWarpSize) {
+      sum += tables.asked[row * tables.columns + expert];
+    }
+    const auto load = static_cast<std::int32_t>(WarpSum(sum));
+    for (std::int64_t rank = Lane(); rank < tables.args.num_ranks; rank += kWarpSize) {
+      tables.args.OfStacked(tables.first, rank).expert_load[expert] = load;
     }
   }
-  // Only ranks that might mix up two calls compare these.
-  if (threadIdx.x == 0) *plan.fingerprint = 0;
+}
+
+// Three blocks per destination rank, one for each of these.
+__global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tables) {
+  __shared__ Columns columns;
+  const std::int64_t dest = blockIdx.x;
+  if (blockIdx.y == 0) {
+    LayOutGroups(tables, dest, columns);
+  } else if (blockIdx.y == 1) {
+    LayOutReceived(tables, dest, columns);
+  } else {
+    TellLoads(tables, dest);
+    if (threadIdx.x != 0) return;
+    const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+    *plan.num_dropped = 0;  // those that place choices add to it
+    // Only ranks that might mix up two calls compare these.
+    *plan.fingerprint = 0;
+  }
 }
 
 }  // namespace
 
 cudaError_t LayOut(const PlanTables& tables, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>(tables.args.num_ranks));
+  const dim3 blocks(static_cast<unsigned>(tables.args.num_ranks), 3);
   return Launch(LayOutKernel, blocks, kLayOutThreads, stream, tables);
 }
 

@@ -21,51 +21,29 @@ __device__ std::int32_t TakeNumber(std::int32_t* counters, std::int64_t key,
   return number;
 }
 
-// Returns how many of a source's choices found no room, by a warp.
-__device__ std::int32_t DroppedBy(const PlanTables& tables, std::int64_t source) {
-  const std::int64_t first = source * tables.tiles_per_source;
-  const std::int64_t ranks = tables.args.num_ranks;
-  std::int64_t asked = 0;
-  for (std::int64_t i = Lane(); i < tables.tiles_per_source * ranks; i += kWarpSize) {
-    asked +=
-        tables
-            .asked[(first + i / ranks) * tables.columns + tables.DestColumn(i % ranks)];
-  }
-  std::int64_t kept = 0;
-  for (std::int64_t dest = Lane(); dest < ranks; dest += kWarpSize) {
-    kept += tables.args.OfStacked(tables.first, dest).recv_counts[source];
-  }
-  return static_cast<std::int32_t>(WarpSum(asked - kept));
-}
-
-// A warp per tile, which numbers its choices in their order.
-__global__ void __launch_bounds__(kThreads) PlaceKernel(PlanTables tables) {
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
-  if (row >= tables.rows()) return;
+// Numbers the tile's choices in their order, and tells both ends of each where its row
+// is. Returns how many of this lane's found no room.
+__device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
+                                  std::int32_t* counters) {
   const PlanArgs& args = tables.args;
-  const Tile tile(tables, row);
-  const PlanOutputs own = args.OfStacked(tables.first, tile.source);
-  if (tile.begin == 0) {
-    const std::int32_t dropped = DroppedBy(tables, tile.source);
-    if (Lane() == 0) *own.num_dropped = dropped;
-  }
-  std::int32_t* counters = CountersOf(tables, row);
   for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
-    counters[c] = tables.placed[row * tables.columns + c] +
+    counters[c] = tables.placed[tile.row * tables.columns + c] +
                   (c < args.num_experts ? tables.group_start[c] : 0);
   }
   __syncwarp();
+  const PlanOutputs own = args.OfStacked(tables.first, tile.source);
   const auto local = static_cast<std::int32_t>(args.num_local_experts());
-  const std::int32_t* choices = args.ChoicesOf(tile.source);
-  for (std::int64_t begin = tile.begin; begin < tile.end; begin += kWarpSize) {
-    const std::int64_t i = begin + Lane();
-    const std::int32_t expert = i < tile.end ? LoadPeer(choices + i) : kDropped;
+  std::int32_t dropped = 0;
+#pragma unroll
+  for (int j = 0; j < kChoicesPerLane; ++j) {
+    const std::int64_t i = tile.Choice(j);
+    const std::int32_t expert = tile.experts[j];
     const std::int32_t dest = expert == kDropped ? 0 : expert / local;
     const bool is_kept =
         expert != kDropped && tables.Priority(tile.source, i) < tables.cutoff[dest];
     const std::int32_t target = TakeNumber(counters, expert, is_kept);
     const std::int32_t entry = TakeNumber(counters, tables.DestColumn(dest), is_kept);
+    if (expert != kDropped && !is_kept) ++dropped;
     if (i >= tile.end) continue;
     own.send_row[i] = target;
     own.kept[i] = is_kept;
@@ -75,13 +53,29 @@ __global__ void __launch_bounds__(kThreads) PlaceKernel(PlanTables tables) {
         static_cast<std::int32_t>(tile.source * args.choices_per_rank() + i);
     theirs.recv_row[entry] = target;
   }
+  return dropped;
+}
+
+// A warp per tile.
+__global__ void __launch_bounds__(kThreads, 1) PlaceKernel(PlanTables tables) {
+  const std::int64_t row = TileRow();
+  if (row >= tables.rows()) return;
+  const Tile tile(tables, row);
+  std::int64_t dropped = 0;
+  WithCounters(tables, row, [&](std::int32_t* counters) {
+    dropped = PlaceTile(tables, tile, counters);
+  });
+  dropped = WarpSum(dropped);
+  if (Lane() == 0 && dropped > 0) {
+    atomicAdd(tables.args.OfStacked(tables.first, tile.source).num_dropped,
+              static_cast<std::int32_t>(dropped));
+  }
 }
 
 }  // namespace
 
 cudaError_t Place(const PlanTables& tables, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
-  return Launch(PlaceKernel, blocks, kThreads, stream, tables);
+  return LaunchOnTiles(PlaceKernel, tables, stream);
 }
 
 }  // namespace jax_ep

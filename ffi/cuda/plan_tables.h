@@ -13,7 +13,12 @@ namespace jax_ep {
 inline constexpr std::int32_t kKeepAll = std::numeric_limits<std::int32_t>::max();
 
 // Consecutive choices of one source that one warp counts and places, in their order.
-inline constexpr std::int64_t kTileChoices = 256;
+inline constexpr int kChoicesPerLane = 8;
+inline constexpr std::int64_t kTileChoices = std::int64_t{kChoicesPerLane} * kWarpSize;
+
+// In place of a destination rank: the choice goes nowhere.
+inline constexpr std::uint16_t kNowhere = std::numeric_limits<std::uint16_t>::max();
+inline constexpr std::int64_t kMaxRanks = kNowhere;
 
 // Counters that a warp keeps in its block's shared memory; more are kept in global
 // memory.
@@ -29,7 +34,8 @@ struct PlanTables {
         first(first_outputs),
         tiles_per_source(TilesPerSource(plan)),
         columns(plan.num_experts + plan.num_ranks),
-        asked(space),
+        dest_by_priority(reinterpret_cast<std::uint16_t*>(space)),
+        asked(space + DestWords(plan)),
         placed(asked + rows() * columns),
         scratch(placed + rows() * columns),
         group_start(scratch + rows() * columns),
@@ -43,7 +49,11 @@ struct PlanTables {
   static std::int64_t Words(const PlanArgs& plan) {
     const std::int64_t table =
         plan.num_ranks * TilesPerSource(plan) * (plan.num_experts + plan.num_ranks);
-    return 3 * table + plan.num_experts + plan.num_ranks;
+    return DestWords(plan) + 3 * table + plan.num_experts + plan.num_ranks;
+  }
+  // Whole vectors of 16 bytes, two ranks in a word.
+  static std::int64_t DestWords(const PlanArgs& plan) {
+    return (plan.num_ranks * plan.choices_per_rank() + 7) / 8 * 4;
   }
 
   __host__ __device__ std::int64_t rows() const {
@@ -74,54 +84,85 @@ struct PlanTables {
   PlanOutputs first;
   std::int64_t tiles_per_source;
   std::int64_t columns;
-  std::int32_t* asked;        // choices in the tile
-  std::int32_t* placed;       // kept ones in the tiles before, once laid out
-  std::int32_t* scratch;      // counters for which shared memory has no room
-  std::int32_t* group_start;  // [expert], its group's first row
-  std::int32_t* cutoff;       // [rank] keeps choices of lower priority
+  std::uint16_t* dest_by_priority;  // of every choice, kNowhere: none
+  std::int32_t* asked;              // choices in the tile
+  std::int32_t* placed;             // kept ones in the tiles before, once laid out
+  std::int32_t* scratch;            // counters for which shared memory has no room
+  std::int32_t* group_start;        // [expert], its group's first row
+  std::int32_t* cutoff;             // [rank] keeps choices of lower priority
 };
 
-// One tile, as the warp sees it that works on it.
+// One tile, as the warp sees it that works on it. A lane holds every 32nd choice.
 struct Tile {
   __device__ Tile(const PlanTables& tables, std::int64_t table_row)
       : row(table_row),
         source(row / tables.tiles_per_source),
         begin(row % tables.tiles_per_source * kTileChoices),
-        end(min(begin + kTileChoices, tables.args.choices_per_rank())) {}
+        end(min(begin + kTileChoices, tables.args.choices_per_rank())) {
+    const std::int32_t* choices = tables.args.ChoicesOf(source);
+#pragma unroll
+    for (int j = 0; j < kChoicesPerLane; ++j) {
+      experts[j] = Choice(j) < end ? LoadPeer(choices + Choice(j)) : kDropped;
+    }
+  }
+
+  // Which of the source's choices is the lane's j-th; past the tile's end: none.
+  __device__ std::int64_t Choice(int j) const { return begin + j * kWarpSize + Lane(); }
+
   std::int64_t row;
   std::int64_t source;
   std::int64_t begin;  // of the source's choices
   std::int64_t end;
+  std::int32_t experts[kChoicesPerLane];
 };
 
-// Returns the warp's counters: in shared memory, or in its tile's row.
-__device__ inline std::int32_t* CountersOf(const PlanTables& tables, std::int64_t row) {
+// The tile of this warp, in a kernel that LaunchOnTiles launched; past the last one for
+// some.
+__device__ inline std::int64_t TileRow() {
+  return static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
+}
+
+// Launches a kernel with a warp per tile.
+inline cudaError_t LaunchOnTiles(void (*kernel)(PlanTables), const PlanTables& tables,
+                                 cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
+  return Launch(kernel, blocks, kThreads, stream, tables);
+}
+
+// Calls use(counters) with as many counters for the warp as there are columns: in
+// shared memory, or in its tile's row. Each is a call of its own, so that the compiler
+// knows which memory it compiles for.
+template <typename Use>
+__device__ void WithCounters(const PlanTables& tables, std::int64_t row, Use use) {
   __shared__ std::int32_t shared[kWarps * kSharedCounters];
-  if (tables.columns <= kSharedCounters)
-    return shared + WarpInBlock() * kSharedCounters;
-  return tables.scratch + row * tables.columns;
+  if (tables.columns <= kSharedCounters) {
+    use(shared + WarpInBlock() * kSharedCounters);
+  } else {
+    use(tables.scratch + row * tables.columns);
+  }
 }
 
 // Counts the tile's choices that `is_kept(expert, i)` by expert and by destination.
 template <typename IsKept>
 __device__ void CountTile(const PlanTables& tables, const Tile& tile, IsKept is_kept,
                           std::int32_t* counts) {
-  std::int32_t* counters = CountersOf(tables, tile.row);
-  for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) counters[c] = 0;
-  __syncwarp();
   const auto local = static_cast<std::int32_t>(tables.args.num_local_experts());
-  const std::int32_t* choices = tables.args.ChoicesOf(tile.source);
-  for (std::int64_t i = tile.begin + Lane(); i < tile.end; i += kWarpSize) {
-    const std::int32_t expert = LoadPeer(choices + i);
-    if (expert == kDropped || !is_kept(expert, i)) continue;
-    // Numbers are added up: in which order does not show.
-    atomicAdd(counters + expert, 1);
-    atomicAdd(counters + tables.DestColumn(expert / local), 1);
-  }
-  __syncwarp();
-  for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
-    counts[tile.row * tables.columns + c] = counters[c];
-  }
+  WithCounters(tables, tile.row, [&](std::int32_t* counters) {
+    for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) counters[c] = 0;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kChoicesPerLane; ++j) {
+      const std::int32_t expert = tile.experts[j];
+      if (expert == kDropped || !is_kept(expert, tile.Choice(j))) continue;
+      // Numbers are added up: in which order does not show.
+      atomicAdd(counters + expert, 1);
+      atomicAdd(counters + tables.DestColumn(expert / local), 1);
+    }
+    __syncwarp();
+    for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
+      counts[tile.row * tables.columns + c] = counters[c];
+    }
+  });
 }
 
 // The kernels, in the order in which they run.

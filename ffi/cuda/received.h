@@ -50,10 +50,12 @@ __device__ inline void ZeroRow(const GatherRowsArgs& args, std::int64_t row) {
 }
 
 // Zeroes what no choice fills: the padding inside groups and, where it is to be zero,
-// the tail. `warp` of `warps` does its share.
+// the tail. All warps of the rank do their share.
 template <typename Unit>
-__device__ inline void ZeroUnfilled(const GatherRowsArgs& args, std::int64_t used_rows,
-                                    std::int64_t warp, std::int64_t warps) {
+__device__ inline void ZeroUnfilled(const GatherRowsArgs& args,
+                                    std::int64_t used_rows) {
+  const std::int64_t warp = WarpOfRank();
+  const std::int64_t warps = WarpsOfRank();
   for (std::int64_t e = warp; e < args.num_local_experts; e += warps) {
     if (args.group_rows[e] == args.group_sizes[e]) continue;
     const std::int64_t start = WarpTotal(args.group_sizes, e);

@@ -87,9 +87,9 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
 // A block per token at a time, whose threads share the elements.
 template <typename E, int count>
 __global__ void __launch_bounds__(kThreads, 1) ReduceRowsKernel(ReduceRowsArgs first) {
-  const ReduceRowsArgs args = first.OfStacked(blockIdx.y);
+  const ReduceRowsArgs args = first.OfStacked(blockIdx.x);
   __shared__ Terms terms;
-  for (std::int64_t t = blockIdx.x; t < args.num_tokens; t += gridDim.x) {
+  for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
     if (WarpInBlock() == 0) ListTerms(args, t, terms);
     __syncthreads();
     char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);
@@ -112,10 +112,8 @@ cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
     const std::int64_t warps = (loads + kWarpSize - 1) / kWarpSize;
     const int threads =
         static_cast<int>(std::min<std::int64_t>(warps, kWarps)) * kWarpSize;
-    const dim3 blocks(BlocksFor(args.num_tokens, 1, num_stacked),
-                      static_cast<unsigned>(num_stacked));
-    return Launch(ReduceRowsKernel<decltype(e), count()>, blocks, threads, stream,
-                  args);
+    return LaunchStacked(ReduceRowsKernel<decltype(e), count()>, args, num_stacked,
+                         args.num_tokens, 1, threads, stream);
   });
 }
 

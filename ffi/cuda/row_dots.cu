@@ -58,12 +58,10 @@ __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
 // A warp per choice at a time.
 template <typename E>
 __global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) {
-  const RowDotsArgs args = first.OfStacked(blockIdx.y);
+  const RowDotsArgs args = first.OfStacked(blockIdx.x);
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t choices = args.num_tokens * args.num_topk;
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
-  std::int64_t choice = static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
-  for (; choice < choices; choice += warps) {
+  for (std::int64_t choice = WarpOfRank(); choice < choices; choice += WarpsOfRank()) {
     const std::int32_t row = args.send_row[choice];
     float dot = 0;
     if (row != kDropped) {
@@ -81,10 +79,9 @@ __global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) 
 
 cudaError_t RowDots(const RowDotsArgs& args, std::int64_t num_stacked,
                     cudaStream_t stream) {
-  const dim3 blocks(BlocksFor(args.num_tokens * args.num_topk, kWarps, num_stacked),
-                    static_cast<unsigned>(num_stacked));
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto) {
-    return Launch(RowDotsKernel<decltype(e)>, blocks, kThreads, stream, args);
+    return LaunchStacked(RowDotsKernel<decltype(e)>, args, num_stacked,
+                         args.num_tokens * args.num_topk, kWarps, kThreads, stream);
   });
 }
 

@@ -32,16 +32,14 @@ __device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
 
 template <typename E, int count>
 __global__ void __launch_bounds__(kThreads, 1) ScaleRowsKernel(GatherRowsArgs first) {
-  const GatherRowsArgs args = first.OfStacked(blockIdx.y);
+  const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
-  const std::int64_t warp =
-      static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kWarps;
-  for (std::int64_t entry = warp; entry < received.entries; entry += warps) {
+  for (std::int64_t entry = WarpOfRank(); entry < received.entries;
+       entry += WarpsOfRank()) {
     ScaleToken<E, count>(args, entry);
   }
   using Unit = std::conditional_t<count == 1, typename E::Storage, uint4>;
-  ZeroUnfilled<Unit>(args, received.rows, warp, warps);
+  ZeroUnfilled<Unit>(args, received.rows);
 }
 
 }  // namespace
@@ -49,11 +47,9 @@ __global__ void __launch_bounds__(kThreads, 1) ScaleRowsKernel(GatherRowsArgs fi
 cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                       cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
-  const dim3 blocks(BlocksFor(args.capacity, kWarps, num_stacked),
-                    static_cast<unsigned>(num_stacked));
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
-    return Launch(ScaleRowsKernel<decltype(e), count()>, blocks, kThreads, stream,
-                  args);
+    return LaunchStacked(ScaleRowsKernel<decltype(e), count()>, args, num_stacked,
+                         args.capacity, kWarps, kThreads, stream);
   });
 }
 

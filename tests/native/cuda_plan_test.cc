@@ -154,7 +154,7 @@ EP_TEST(MakesTheReferencesPlans) {
     return std::uniform_int_distribution<std::int64_t>(low, high)(rng);
   };
   for (const Routing routing : kAllRoutings) {
-    for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < 4; ++i) {
       CheckCapacities({.num_ranks = between(1, 8),
                        .num_local_experts = between(1, 5),
                        .num_tokens = between(0, 12),
@@ -194,6 +194,17 @@ EP_TEST(PlansMoreTilesThanWarps) {
                      .alignment = 4},
                     routing, rng);
   }
+}
+
+// So many choices that a rank that overflows looks for its cutoff in three steps.
+EP_TEST(PlansAsManyChoicesAsAModelMakes) {
+  std::mt19937_64 rng(6);
+  CheckCapacities({.num_ranks = 8,
+                   .num_local_experts = 32,
+                   .num_tokens = 4097,
+                   .num_topk = 8,
+                   .alignment = 8},
+                  Routing::kDistinct, rng);
 }
 
 // Groups of experts of which a warp lays out 32 at a time.
