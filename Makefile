@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
@@ -67,7 +68,7 @@ $(RUN):
 
 # An editable install puts the library next to the Python files, for every $(VENV) at once.
 $(PACKAGE): pyproject.toml $(NATIVE_SOURCES) $(if $(wildcard $(LIBRARY)),,FORCE) | $(RUN)
-	$(RUN) -m pip install --quiet --editable '.[flax,test,examples]'
+	$(RUN) -m pip install --quiet --editable '.[flax,test,examples]' $(PIP_ARGS)
 	touch $@
 
 $(TOOLS): pyproject.toml | $(RUN)
