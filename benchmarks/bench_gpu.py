@@ -25,6 +25,7 @@ from shapes import GPU_SHAPES, Shape
 _COPY = "copy"
 _FRACTION_GOALS = {"dispatch": 0.85, "combine": 0.80}
 _DECODE_GOAL_US = 120.0
+_PLAN_GOAL_US = 60.0
 _XLA_GOAL = 4.0
 _ZIPF_GOAL = 0.10
 _GIB = 2**30
@@ -144,6 +145,10 @@ def print_goals(shape: Shape, by_routing: dict[str, Measured]) -> None:
             ratio = uniform.fraction(op) / zipf.fraction(op)
             met = abs(ratio - 1) <= _ZIPF_GOAL
             goals.append((f"{op}, time per byte, zipf / uniform", f"1 +- {_ZIPF_GOAL}", ratio, met))
+        for routing, measured in by_routing.items():
+            spent = measured.times[f"{OURS}: plan"].median * 1e6
+            met = spent <= _PLAN_GOAL_US
+            goals.append((f"plan, {routing}, us", f"<= {_PLAN_GOAL_US:g}", spent, met))
         reached = uniform.times[XLA].median / ours
         goals.append((f"{XLA} / ours", f">= {_XLA_GOAL}", reached, reached >= _XLA_GOAL))
     rows = [[name, goal, f"{reached:.2f}", _met(met)] for name, goal, reached, met in goals]

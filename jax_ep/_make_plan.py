@@ -52,8 +52,7 @@ def make_plan(
         rows of zeros.
       tail: what rows past the last group hold in ``dispatch``'s result and in ``combine``'s
         gradient. ``"zero"`` writes them all; ``"uninitialized"`` leaves them as they are, so that
-        cost follows
-        used rows: for experts that never read there, as ``grouped_matmul`` does not.
+        cost follows used rows: for experts that never read there, as ``grouped_matmul`` does not.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
 
     Returns:

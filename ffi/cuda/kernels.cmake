@@ -1,0 +1,13 @@
+# The kernels and what launches them, for a GPU or an emulated one.
+set(cuda_kernels
+  copy_rows.cu
+  plan.cu
+  plan_count_asked.cu
+  plan_count_kept.cu
+  plan_find_cutoffs.cu
+  plan_lay_out.cu
+  plan_place.cu
+  reduce_rows.cu
+  row_dots.cu
+  scale_rows.cu)
+list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
