@@ -59,13 +59,13 @@ void CheckMeetOverAndOver(const std::vector<std::int32_t>& process_of,
 }
 
 EP_TEST(OneRankPerProcess) {
-  CheckMeetOverAndOver({0, 1}, 150);
-  CheckMeetOverAndOver({0, 1, 2}, 80);
-  CheckMeetOverAndOver({0, 1, 2, 3}, 50);
+  CheckMeetOverAndOver({0, 1}, 400);
+  CheckMeetOverAndOver({0, 1, 2}, 200);
+  CheckMeetOverAndOver({0, 1, 2, 3}, 100);
 }
 
 EP_TEST(SeveralRanksPerProcess) {
-  CheckMeetOverAndOver({0, 0, 1, 1}, 100);
+  CheckMeetOverAndOver({0, 0, 1, 1}, 200);
   CheckMeetOverAndOver({0, 0, 1, 1, 2, 2}, 80);
   CheckMeetOverAndOver({0, 0, 1, 1, 2, 2, 3, 3}, 50);
 }

@@ -70,7 +70,7 @@ EP_TEST(RanksMeetWithHelpersThatComeAtAnyTime) {
     OnThreads(num_ranks, [&](std::int64_t rank) {
       const Call call = {.rank = static_cast<std::int32_t>(rank),
                          .num_ranks = num_ranks};
-      Repeat(point, call, 60, helpers.schedule());
+      Repeat(point, call, 200, helpers.schedule());
     });
   }
 }

@@ -35,7 +35,7 @@ void Repeat(MeetingPoint& point, Call call, std::int64_t turns,
 
 EP_TEST(RanksMeetOverAndOver) {
   constexpr std::pair<std::int32_t, std::int64_t> kRanksAndTurns[] = {
-      {1, 100}, {2, 150}, {3, 100}, {8, 50}, {64, 15}};
+      {1, 200}, {2, 400}, {3, 300}, {8, 100}, {64, 15}};
   for (const auto& [num_ranks, turns] : kRanksAndTurns) {
     MeetingPoint point;
     HelperThreads helpers;
