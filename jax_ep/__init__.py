@@ -5,6 +5,7 @@ from jax_ep._combine import combine as combine
 from jax_ep._dispatch import dispatch as dispatch
 from jax_ep._grouped_matmul import grouped_matmul as grouped_matmul
 from jax_ep._layout import suggest_capacity as suggest_capacity
+from jax_ep._library import register as register
 from jax_ep._make_plan import make_plan as make_plan
 from jax_ep._metrics import load_metrics as load_metrics
 from jax_ep._moe import moe as moe

@@ -1,11 +1,10 @@
 """``combine``: experts' rows back to their tokens, as a weighted sum."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from jax_ep._axes import check_use, place
 from jax_ep._checks import check_array, check_dtype, check_shape
-from jax_ep._compat import vary_together
 from jax_ep._exchange import exchange
 from jax_ep._plan import Plan
 
@@ -58,37 +57,13 @@ def combine(
             f"rows must have one of the dtypes {_DTYPES}: widen them; got {rows.dtype}."
         )
     check_shape("rows", rows, (plan.capacity, rows.shape[1]), "capacity, hidden")
-    if topk_weights is None:
-        rows, _ = vary_together([rows, plan._send_row])
-        return _combine(rows, plan, None)
-    check_array("topk_weights", topk_weights, "num_tokens, num_topk")
-    check_shape("topk_weights", topk_weights, plan.kept.shape, "num_tokens, num_topk")
-    check_dtype("topk_weights", topk_weights, jnp.float32)
-    rows, topk_weights, _ = vary_together([rows, topk_weights, plan._send_row])
-    return _combine(rows, plan, topk_weights)
-
-
-@jax.custom_vjp
-def _combine(rows: jax.Array, plan: Plan, topk_weights: jax.Array | None) -> jax.Array:
-    return exchange("reduce_rows", plan._layout, plan._rank, plan, rows, topk_weights)
-
-
-def _combine_fwd(
-    rows: jax.Array, plan: Plan, topk_weights: jax.Array | None
-) -> tuple[jax.Array, tuple[jax.Array | None, Plan, jax.Array | None]]:
-    # Unweighted, the gradient does not depend on the rows: do not keep them alive for it.
-    kept_rows = None if topk_weights is None else rows
-    return _combine(rows, plan, topk_weights), (kept_rows, plan, topk_weights)
-
-
-def _combine_bwd(
-    residuals: tuple[jax.Array | None, Plan, jax.Array | None], dout: jax.Array
-) -> tuple[jax.Array, None, jax.Array | None]:
-    rows, plan, topk_weights = residuals
-    drows = exchange("gather_rows", plan._layout, plan._rank, plan, dout, topk_weights)
-    if topk_weights is None:
-        return drows, None, None
-    return drows, None, exchange("row_dots", plan._layout, plan._rank, plan, rows, dout)
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
+    payloads = [rows]
+    if topk_weights is not None:
+        check_array("topk_weights", topk_weights, "num_tokens, num_topk")
+        choices = (plan.num_tokens, plan.num_topk)
+        check_shape("topk_weights", topk_weights, choices, "num_tokens, num_topk")
+        check_dtype("topk_weights", topk_weights, jnp.float32)
+        payloads.append(topk_weights)
+    binding = check_use(plan)
+    where = place(plan._layout)
+    return exchange("reduce_rows", plan._layout, binding, "combine", where, plan._route, *payloads)

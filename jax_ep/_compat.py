@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import distributed
+from jax._src import core, distributed
+from jax.extend.core import Primitive as Primitive
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -32,6 +33,34 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if name in mesh.manual_axes)
 
 
+def bound_axes() -> dict[str, int]:
+    """Returns the axes that are bound here, of meshes and of ``vmap``, with their sizes."""
+    return dict(core.get_axis_env().axis_sizes)
+
+
+def trace_platform() -> str:
+    """Returns the platform that what is traced here will most likely run on."""
+    # Inside shard_map only the mesh knows; elsewhere it is where arrays come to be.
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.platform
+    default = jax.config.jax_default_device
+    return (
+        default if isinstance(default, str) else getattr(default, "platform", jax.default_backend())
+    )
+
+
+def concrete_mesh(ctx: Any) -> Any | None:
+    """Returns the mesh, with its devices, that a primitive is lowered for, or None.
+
+    A program to be exported has none: it may be loaded for other devices. Nor has a ``shard_map``
+    over an abstract mesh.
+    """
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    for_export = ctx.module_context.lowering_parameters.for_export
+    return mesh if isinstance(mesh, jax.sharding.Mesh) and not for_export else None
+
+
 def distributed_client() -> Any:
     """Returns the client of the key-value store of JAX's distributed runtime, or None."""
     return distributed.global_state.client
@@ -45,9 +74,10 @@ def ffi_minor_version() -> int:
     return 4 if installed >= (0, 11, 1) else 3
 
 
-def result_type(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> Any:
-    """Returns the type of a foreign call's result that varies along the same axes as ``like``."""
+def result_type(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Any) -> Any:
+    """Returns the type of a result that varies along the same mesh axes as a value or type."""
     # A plain ShapeDtypeStruct would be typed as replicated inside shard_map.
+    kind = like if isinstance(like, core.ShapedArray) else jax.typeof(like)
     whole = jax.sharding.PartitionSpec(*(None,) * len(shape))
-    sharding = jax.sharding.NamedSharding(jax.typeof(like).sharding.mesh, whole)
-    return jax.typeof(like).update(shape=shape, dtype=jax.numpy.dtype(dtype), sharding=sharding)
+    sharding = jax.sharding.NamedSharding(kind.sharding.mesh, whole)
+    return kind.update(shape=shape, dtype=jax.numpy.dtype(dtype), sharding=sharding)

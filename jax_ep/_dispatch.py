@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
+from jax_ep._axes import check_use, place
 from jax_ep._checks import check_array, check_shape
-from jax_ep._compat import vary_together
 from jax_ep._exchange import exchange
 from jax_ep._plan import Plan
 
@@ -43,8 +43,9 @@ def dispatch(x: Num[Array, "num_tokens hidden"], plan: Plan) -> Num[Array, "capa
     check_array("x", x, "num_tokens, hidden")
     _check_movable(x)
     check_shape("x", x, (plan.num_tokens, x.shape[1]), "num_tokens, hidden")
-    x, _ = vary_together([x, plan._send_row])
-    return _dispatch(x, plan)
+    binding = check_use(plan)
+    where = place(plan._layout)
+    return exchange("gather_rows", plan._layout, binding, "dispatch", where, plan._route, x)
 
 
 def _check_movable(x: jax.Array) -> None:
@@ -54,24 +55,3 @@ def _check_movable(x: jax.Array) -> None:
     bits = jnp.finfo(x.dtype).bits if is_float else jnp.iinfo(x.dtype).bits if is_integer else 0
     if bits not in (8, 16, 32, 64):
         raise TypeError(f"x must hold floats or integers of 1, 2, 4 or 8 bytes; got {x.dtype}.")
-
-
-@jax.custom_vjp
-def _dispatch(x: jax.Array, plan: Plan) -> jax.Array:
-    return exchange("gather_rows", plan._layout, plan._rank, plan, x, None)
-
-
-def _dispatch_fwd(x: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
-    return _dispatch(x, plan), plan
-
-
-def _dispatch_bwd(plan: Plan, drows: jax.Array) -> tuple[jax.Array | None, None]:
-    if not jnp.issubdtype(drows.dtype, jnp.floating):
-        return None, None
-    narrow = jnp.finfo(drows.dtype).bits == 8
-    summands = drows.astype(jnp.float32) if narrow else drows
-    dx = exchange("reduce_rows", plan._layout, plan._rank, plan, summands, None)
-    return dx.astype(drows.dtype), None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

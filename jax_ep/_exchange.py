@@ -1,101 +1,198 @@
-"""Runs one rank's part of an exchange on the chosen implementation, wherever its ranks live.
+"""The exchange as a JAX primitive: how it is typed, batched and differentiated.
 
-The ranks of a ``vmap`` axis are on one device and must be seen together, those of a ``shard_map``
-one each. ``exchange`` hides the difference: it is a ``custom_vmap`` whose rule recognises the
-expert axis by the rank operand, the only one that must be batched there and never is elsewhere.
+``exchange`` binds one rank's part of an op. Its rules know which axis is which: a ``vmap`` along
+the axis of the exchange brings all ranks together; one along another is a loop of independent
+exchanges. What carries an exchange is decided where it is lowered, in ``_lowering``.
 """
 
-from functools import partial
-from types import ModuleType
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
+from jax.interpreters import ad, batching
 
-from jax_ep import _native, _xla
-from jax_ep._compat import manual_axes
+from jax_ep._axes import Place
+from jax_ep._compat import Primitive, result_type, vary_together
 from jax_ep._layout import Layout
+from jax_ep._lowering import register_lowerings
+from jax_ep._ops import Op, result_shapes, transposed
+from jax_ep._plan import PlanArrays, Route
+from jax_ep._types import Binding
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": _xla, "native": _native}
+exchange_p = Primitive("jax_ep_exchange")
+exchange_p.multiple_results = True
+
+# Before the payloads come the place and, but for the plan itself, the route.
+_NUM_FIXED = len(Place._fields) + len(Route._fields)
 
 
-def exchange(op: str, layout: Layout, rank: jax.Array, *args: Any) -> Any:
-    """Runs ``op`` for one rank.
+def exchange_plan(
+    layout: Layout, binding: Binding, where: Place, topk_idx: jax.Array
+) -> PlanArrays:
+    """Computes this rank's plan, together with its peers."""
+    results = _bind(*where, topk_idx, op="plan", layout=layout, binding=binding, call="make_plan")
+    return PlanArrays(*results)
+
+
+def exchange(
+    op: Op,
+    layout: Layout,
+    binding: Binding,
+    call: str,
+    where: Place,
+    route: Route,
+    *payloads: jax.Array,
+) -> jax.Array:
+    """Runs an op for one rank, together with its peers.
 
     Args:
-      op: a key of the implementations' ``OPS``.
-      layout: static geometry; names implementation, axis and fabric.
-      rank: position along the expert axis, int32 scalar.
-      *args: the op's operands, pytrees of arrays.
+      op: which one.
+      layout: static geometry of the plan.
+      binding: how the axis is bound.
+      call: the public function that wants it, for errors.
+      where: which rank this is.
+      route: the plan's arrays.
+      *payloads: one or two arrays; the result is linear in each.
 
     Returns:
       What the op returns for this rank.
-
-    Raises:
-      ValueError: the ranks are a mesh's, and no ``shard_map`` over it encloses the call.
     """
-    impl = _IMPLEMENTATIONS[layout.implementation]
-
-    @custom_vmap
-    def call(rank: jax.Array, *args: Any) -> Any:
-        if layout.fabric == "devices":
-            return impl.devices(op, layout, rank, *args)
-        stack = jax.tree.map(lambda a: _repeat(a, layout.num_ranks), (rank, *args))
-        if layout.num_ranks == 1 and layout.axis_name is None:
-            return jax.tree.map(lambda a: a[0], impl.stacked(op, layout, *stack))
-        out = jax.eval_shape(partial(impl.stacked, op, layout), *stack)
-        return _never_mapped(layout, jax.tree.map(lambda a: a.update(shape=a.shape[1:]), out))
-
-    @call.def_vmap
-    def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Any, Any]:
-        if in_batched[0]:
-            whole = jax.tree.map(
-                lambda a, batched: a if batched else _repeat(a, axis_size), args, tuple(in_batched)
-            )
-            out = impl.stacked(op, layout, *whole)
-        else:
-            out = _one_by_one(call, args, in_batched)
-        return out, jax.tree.map(lambda _: True, out)
-
-    if layout.fabric == "devices" and not set(layout.axis_names) <= set(manual_axes()):
-        raise ValueError(_needs_its_axis(layout))
-    return call(rank, *args)
+    [out] = _bind(*where, *route, *payloads, op=op, layout=layout, binding=binding, call=call)
+    return out
 
 
-def _never_mapped(layout: Layout, out: Any) -> Any:
-    """Stands for an exchange until the rule sees its axis mapped; fails if that never happens.
-
-    It fails when it runs: a trace cannot tell, since the axis name is not bound in the backward
-    pass of a ``custom_vjp`` although the axis is mapped there too.
-    """
-
-    def fail(*_: Any) -> None:
-        raise ValueError(_needs_its_axis(layout))
-
-    return jax.pure_callback(fail, out)
+def _bind(*operands: jax.Array, layout: Layout, **params: Any) -> list[jax.Array]:
+    # Results vary over the mesh as what is exchanged does, wherever that is done.
+    num_places = len(Place._fields)
+    varying = vary_together(operands[num_places:])
+    return exchange_p.bind(*operands[:num_places], *varying, layout=_readable(layout), **params)
 
 
-def _needs_its_axis(layout: Layout) -> str:
-    return (
-        f"plan must be used where the axis it was made along is mapped: axis_name "
-        f"{layout.axis_name!r} of {layout.num_ranks} ranks; got a call outside it."
-    )
+def _readable(layout: Layout) -> Layout:
+    # What nobody wrote may look like a NaN, and would be reported as ours.
+    return dataclasses.replace(layout, tail="zero") if jax.config.jax_debug_nans else layout
 
 
-def _repeat(a: jax.Array, count: int) -> jax.Array:
-    return jnp.broadcast_to(a, (count, *a.shape))
+def _payload_index(op: Op) -> int:
+    return len(Place._fields) if op == "plan" else _NUM_FIXED
 
 
-def _one_by_one(call: Any, args: tuple[Any, ...], in_batched: list[Any]) -> Any:
-    """Runs independent exchanges of a plain ``vmap`` axis in turn, the same order on all ranks."""
-    leaves, tree = jax.tree.flatten(args)
-    batched = jax.tree.leaves(in_batched)
-    mapped = [leaf for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
+@exchange_p.def_impl
+def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
+    with jax.disable_jit(False):  # It runs compiled or not at all.
+        return _compiled(layout=_readable(layout), **params)(*operands)
 
-    def body(mapped: list[jax.Array]) -> Any:
+
+@functools.lru_cache(maxsize=512)
+def _compiled(**params: Any) -> Any:
+    return jax.jit(functools.partial(exchange_p.bind, **params))
+
+
+@exchange_p.def_abstract_eval
+def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:
+    payload, stack = operands[_payload_index(op)], operands[0].shape
+    return [
+        result_type(stack + shape, dtype, payload)
+        for shape, dtype in result_shapes(op, layout, payload)
+    ]
+
+
+def _batch(
+    axis: Any,
+    operands: list[Any],
+    dims: list[int | None],
+    *,
+    binding: str,
+    layout: Layout,
+    **params: Any,
+) -> tuple[list[jax.Array], list[int | None]]:
+    params |= {"layout": layout, "binding": binding}
+    is_expert_axis = axis.name is not None and axis.name in layout.axis_names
+    if is_expert_axis and binding == "mesh":
+        raise ValueError(
+            f"axis_name must be bound once: {axis.name!r} is a mesh axis, and an enclosing "
+            "jax.vmap has the same axis_name."
+        )
+    if all(dim is None for dim in dims):
+        out = exchange_p.bind(*operands, **params)
+        return out, [None] * len(out)
+    operands = [
+        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
+    ]
+    if is_expert_axis and binding == "vmap":
+        whole = [
+            jnp.broadcast_to(x, (axis.size, *x.shape)) if dim is None else x
+            for x, dim in zip(operands, dims, strict=True)
+        ]
+        out = exchange_p.bind(*whole, **params | {"binding": "stacked"})
+    else:
+        out = _one_by_one(operands, dims, params)
+    return out, [0] * len(out)
+
+
+def _one_by_one(
+    operands: list[Any], dims: list[int | None], params: dict[str, Any]
+) -> list[jax.Array]:
+    """Runs independent exchanges in turn, the same order on all ranks."""
+    mapped = [x for x, dim in zip(operands, dims, strict=True) if dim is not None]
+
+    def body(mapped: list[jax.Array]) -> list[jax.Array]:
         rest = iter(mapped)
-        merged = [next(rest) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
-        return call(*jax.tree.unflatten(tree, merged))
+        merged = [x if dim is None else next(rest) for x, dim in zip(operands, dims, strict=True)]
+        return exchange_p.bind(*merged, **params)
 
     return jax.lax.map(body, mapped)
+
+
+def _jvp(
+    primals: list[Any], tangents: list[Any], *, op: Op, call: str, **params: Any
+) -> tuple[list[jax.Array], list[Any]]:
+    out = exchange_p.bind(*primals, op=op, call=call, **params)
+    if op == "plan":
+        return out, [ad.Zero.from_primal_value(x) for x in out]
+    terms = []
+    for i in range(_NUM_FIXED, len(primals)):
+        if isinstance(tangents[i], ad.Zero):
+            continue
+        operands = [*primals[:i], tangents[i], *primals[i + 1 :]]
+        terms += exchange_p.bind(*operands, op=op, call=_derived(call, "derivative"), **params)
+    if not terms:
+        return out, [ad.Zero.from_primal_value(out[0])]
+    return out, [functools.reduce(ad.add_jaxvals, terms)]
+
+
+def _transpose(
+    cotangents: list[Any], *operands: Any, op: Op, layout: Layout, binding: str, call: str
+) -> list[Any]:
+    [linear] = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+    [cotangent] = cotangents
+    result: list[Any] = [None] * len(operands)
+    if isinstance(cotangent, ad.Zero):
+        return result
+    fixed, payloads = operands[:_NUM_FIXED], operands[_NUM_FIXED:]
+    which = linear - _NUM_FIXED
+    other = payloads[1 - which] if len(payloads) == 2 else None
+    dtype = operands[linear].aval.dtype
+    if dtype.itemsize == 1:  # Summed in float32, and rounded once.
+        cotangent = cotangent.astype(jnp.float32)
+    op, first, second = transposed(op, which, cotangent, other)
+    back = [first] if second is None else [first, second]
+    [out] = _bind(
+        *fixed, *back, op=op, layout=layout, binding=binding, call=_derived(call, "gradient")
+    )
+    result[linear] = out.astype(dtype)
+    return result
+
+
+def _derived(call: str, how: str) -> str:
+    """Names a derivative of a call: a gradient stays one, however it is derived from."""
+    gradient = " (gradient)"
+    return call if call.endswith(gradient) else f"{call.removesuffix(' (derivative)')} ({how})"
+
+
+batching.fancy_primitive_batchers[exchange_p] = _batch
+ad.primitive_jvps[exchange_p] = _jvp
+ad.primitive_transposes[exchange_p] = _transpose
+register_lowerings(exchange_p)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from jax_ep._checks import check_positive
-from jax_ep._types import AxisName, Fabric, Implementation, Tail
+from jax_ep._types import AxisName, Implementation, Tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Layout:
     tail: Tail
     axis_name: AxisName
     implementation: Implementation
-    fabric: Fabric
+    # Whether the implementation was asked for, or may be another where the program comes to run.
+    strict: bool
 
     @property
     def num_local_experts(self) -> int:

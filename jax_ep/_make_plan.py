@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jax_ep import _native
+from jax_ep._axes import place, resolve_axis
 from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive
-from jax_ep._compat import manual_axes, vary_together
-from jax_ep._exchange import exchange
+from jax_ep._compat import trace_platform, vary_together
+from jax_ep._exchange import exchange_plan
 from jax_ep._layout import Layout, lossless_capacity, padding_reserve
-from jax_ep._plan import Plan, PlanArrays
-from jax_ep._types import DROPPED, AxisName, Fabric, Implementation, Tail
+from jax_ep._plan import Plan, PlanArrays, Route
+from jax_ep._types import DROPPED, AxisName, Binding, Implementation, Tail
 
 _INT32_MAX = 2**31 - 1
 
@@ -80,7 +81,7 @@ def make_plan(
     for name, count in (("num_experts", num_experts), ("alignment", alignment)):
         check_positive(name, count)
     check_one_of("tail", tail, ("zero", "uninitialized"))
-    fabric, num_ranks = _resolve_axis(axis_name)
+    binding, num_ranks = resolve_axis(axis_name)
     layout = Layout(
         num_ranks=num_ranks,
         num_experts=num_experts,
@@ -91,48 +92,18 @@ def make_plan(
         tail=tail,
         axis_name=axis_name,
         implementation="xla",
-        fabric=fabric,
+        strict=implementation is not None,
     )
     layout = dataclasses.replace(
-        layout, implementation=_resolve_implementation(implementation, layout)
+        layout, implementation=_resolve_implementation(implementation, layout, binding)
     )
-    rank, group = _locate(layout)
-    topk_idx, _ = vary_together([topk_idx, rank])
+    where = place(layout)
+    topk_idx, _ = vary_together([topk_idx, where.rank])
     routed = (topk_idx >= 0) & (topk_idx < num_experts)
     num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
     topk_idx = jnp.where(routed, topk_idx, DROPPED)
-    arrays = exchange("plan", layout, rank, group, topk_idx)
-    return _assemble(layout, rank, group, topk_idx, num_invalid, arrays)
-
-
-def _resolve_axis(axis_name: AxisName) -> tuple[Fabric, int]:
-    """Finds out how the ranks of ``axis_name`` meet, and how many they are."""
-    if axis_name is None:
-        return "stacked", 1
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, tuple):
-        raise TypeError(f"axis_name must be a name, a tuple of names or None; got {axis_name!r}.")
-    if not names:
-        raise ValueError("axis_name must name an axis if it is a tuple; got ().")
-    try:
-        sizes = [jax.lax.axis_size(name) for name in names]
-    except NameError as error:
-        raise ValueError(
-            "axis_name must name a mesh axis inside jax.shard_map, or the axis_name of an "
-            f"enclosing jax.vmap; got {axis_name!r}."
-        ) from error
-    manual = [name in manual_axes() for name in names]
-    if all(manual):
-        num_ranks = 1
-        for size in sizes:
-            num_ranks *= size
-        return "devices", num_ranks
-    if any(manual) or len(names) > 1:
-        raise ValueError(
-            f"axis_name must be mesh axes only, or one vmap axis; got {axis_name!r}, not all of "
-            "which are mesh axes."
-        )
-    return "stacked", sizes[0]
+    arrays = exchange_plan(layout, binding, where, topk_idx)
+    return _assemble(layout, binding, topk_idx, num_invalid, arrays)
 
 
 def _resolve_capacity(
@@ -161,36 +132,27 @@ def _resolve_capacity(
 
 
 def _resolve_implementation(
-    implementation: Implementation | None, layout: Layout
+    implementation: Implementation | None, layout: Layout, binding: Binding
 ) -> Implementation:
     check_one_of("implementation", implementation, (None, "xla", "native"))
     if implementation is None:
-        return "native" if _native.serves(layout) else "xla"
-    if implementation == "native" and (reason := _native.unavailable_reason(layout)):
+        return "native" if _native.serves(layout, binding) else "xla"
+    if implementation == "native" and (
+        reason := _native.refusal(trace_platform(), layout, binding)
+    ):
         raise NotImplementedError(f"implementation='native' cannot serve here: {reason}")
     return implementation
 
 
-def _locate(layout: Layout) -> tuple[jax.Array, jax.Array]:
-    """Returns this rank, and which of the groups along the mesh's other axes it belongs to."""
-    if layout.axis_name is None:
-        return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    rank = jax.lax.axis_index(layout.axis_name)
-    others = tuple(name for name in manual_axes() if name not in layout.axis_names)
-    group = jax.lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
-    return rank.astype(jnp.int32), group.astype(jnp.int32)
-
-
 def _assemble(
     layout: Layout,
-    rank: jax.Array,
-    group: jax.Array,
+    binding: Binding,
     topk_idx: jax.Array,
     num_invalid: jax.Array,
     arrays: PlanArrays,
 ) -> Plan:
     load = arrays.expert_load
-    if layout.fabric == "devices":
+    if binding == "mesh":
         # Equal on all ranks already; this tells JAX's types so. Unused, XLA removes it.
         load = jax.lax.pmax(load, layout.axis_name)
     return Plan(
@@ -200,13 +162,15 @@ def _assemble(
         recv_counts=arrays.recv_counts,
         num_dropped=arrays.num_dropped,
         num_invalid=num_invalid,
-        _rank=rank,
-        _group=group,
-        _topk_idx=topk_idx,
-        _send_row=arrays.send_row,
-        _recv_choice=arrays.recv_choice,
-        _recv_row=arrays.recv_row,
-        _group_rows=arrays.group_rows,
-        _fingerprint=arrays.fingerprint,
+        _route=Route(
+            topk_idx=topk_idx,
+            send_row=arrays.send_row,
+            recv_choice=arrays.recv_choice,
+            recv_row=arrays.recv_row,
+            recv_counts=arrays.recv_counts,
+            group_sizes=arrays.group_sizes,
+            group_rows=arrays.group_rows,
+            fingerprint=arrays.fingerprint,
+        ),
         _layout=layout,
     )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
+from jax_ep._axes import check_use, place
 from jax_ep._checks import check_positive
 from jax_ep._plan import Plan
 from jax_ep._types import DROPPED
@@ -14,8 +15,9 @@ def load_metrics(
 ) -> dict[str, Num[Array, ""]]:
     """Sums up how even a plan is, what it dropped and what its exchange moves.
 
-    Local arithmetic: no communication. The first two describe all ranks of the plan's axis and are
-    equal on them; the others describe this rank, so average or add them up as the log needs.
+    Local arithmetic: no communication, but called where the plan's axis is bound. The first two
+    describe all ranks of that axis and are equal on them; the others describe this rank, so average
+    or add them up as the log needs.
 
     Args:
       plan: made by ``make_plan``.
@@ -36,7 +38,7 @@ def load_metrics(
 
     Raises:
       TypeError: ``plan`` is not a ``Plan``, or ``hidden`` is not an int.
-      ValueError: ``hidden`` is below 1.
+      ValueError: ``hidden`` is below 1, or the plan's axis is not bound to its ranks.
 
     Example:
       >>> import jax.numpy as jnp, jax_ep
@@ -49,9 +51,10 @@ def load_metrics(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
     check_positive("hidden", hidden)
+    check_use(plan)
     # Bytes in float32: they pass the largest int32 soon.
     row_bytes = float(hidden * jnp.dtype(dtype).itemsize)
-    num_valid = jnp.sum(plan._topk_idx != DROPPED, dtype=jnp.float32)
+    num_valid = jnp.sum(plan._route.topk_idx != DROPPED, dtype=jnp.float32)
     return {
         "expert_load_max_over_mean": max_over_mean(plan.expert_load),
         "rank_load_max_over_mean": max_over_mean(rank_load(plan.expert_load, plan.num_ranks)),
@@ -76,8 +79,8 @@ def rank_load(expert_load: Num[Array, "num_experts"], num_ranks: int) -> Num[Arr
 
 def _count_wire_rows(plan: Plan) -> jax.Array:
     """Counts the pairs of a token of this rank and another rank that it has a kept choice on."""
-    owner = plan._topk_idx // plan.num_local_experts
-    leaves = plan.kept & (owner != plan._rank)
+    owner = plan._route.topk_idx // plan.num_local_experts
+    leaves = plan.kept & (owner != place(plan._layout).rank)
     # Side by side in order, a rank that a token goes to twice repeats its left neighbour.
     ranks = jnp.sort(jnp.where(leaves, owner, DROPPED), axis=1)
     repeats = jnp.pad(ranks[:, 1:] == ranks[:, :-1], ((0, 0), (1, 0)))

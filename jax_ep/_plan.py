@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from jax_ep._layout import Layout
@@ -31,14 +32,32 @@ class PlanArrays(NamedTuple):
     fingerprint: UInt32[Array, ""]
 
 
+class Route(NamedTuple):
+    """All that an exchange reads of a plan, apart from what its user sees and may replace.
+
+    ``topk_idx`` are this rank's choices with ``DROPPED`` for whatever is not routed; the rest is as
+    in ``PlanArrays``.
+    """
+
+    topk_idx: Int32[Array, "num_tokens num_topk"]
+    send_row: Int32[Array, "num_tokens num_topk"]
+    recv_choice: Int32[Array, "capacity"]
+    recv_row: Int32[Array, "capacity"]
+    recv_counts: Int32[Array, "num_ranks"]
+    group_sizes: Int32[Array, "num_local_experts"]
+    group_rows: Int32[Array, "num_local_experts"]
+    fingerprint: UInt32[Array, ""]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Where every choice of one exchange goes, as seen from one rank.
 
     A pytree of arrays with static metadata. ``make_plan`` makes it; ``dispatch`` and ``combine``
-    read it. Nothing in it is differentiable. Fields whose names start with an underscore are for
-    the library alone.
+    read it, wherever its axis is bound to as many ranks: under further axes it means what a loop
+    over them would. Nothing in it is differentiable. Fields whose names start with an underscore
+    are for the library alone; the others are for its user, and replacing one changes no exchange.
 
     Attributes:
       group_sizes: rows of each local expert, padding included; their sum is at most ``capacity``.
@@ -55,17 +74,7 @@ class Plan:
     recv_counts: Int32[Array, "num_ranks"]
     num_dropped: Int32[Array, ""]
     num_invalid: Int32[Array, ""]
-    # This rank, which of the groups along other mesh axes it exchanges in, and its own choices with
-    # DROPPED for whatever is not routed.
-    _rank: Int32[Array, ""]
-    _group: Int32[Array, ""]
-    _topk_idx: Int32[Array, "num_tokens num_topk"]
-    # As in PlanArrays.
-    _send_row: Int32[Array, "num_tokens num_topk"]
-    _recv_choice: Int32[Array, "capacity"]
-    _recv_row: Int32[Array, "capacity"]
-    _group_rows: Int32[Array, "num_local_experts"]
-    _fingerprint: UInt32[Array, ""]
+    _route: Route
     _layout: Layout = dataclasses.field(metadata={"static": True})
 
     @property
@@ -117,3 +126,24 @@ class Plan:
     def implementation(self) -> Implementation:
         """What carries out this plan's exchanges."""
         return self._layout.implementation
+
+
+def check_arrays(plan: Plan) -> None:
+    """Checks that what exchanges read of a plan has the types that ``make_plan`` gave it.
+
+    Raises:
+      TypeError: an array has another dtype.
+      ValueError: an array has another shape.
+    """
+    choices, capacity = (plan.num_tokens, plan.num_topk), (plan.capacity,)
+    local = (plan.num_local_experts,)
+    shapes = Route(choices, choices, capacity, capacity, (plan.num_ranks,), local, local, ())
+    for name, shape, array in zip(Route._fields, shapes, plan._route, strict=True):
+        dtype = jnp.uint32 if name == "fingerprint" else jnp.int32
+        if array.dtype != dtype or array.shape != shape:
+            error = TypeError if array.dtype != dtype else ValueError
+            raise error(
+                f"plan must be as make_plan made it, for one rank: its {name} has type "
+                f"{jnp.dtype(dtype).name}{list(shape)}; got {array.dtype.name}{list(array.shape)}. "
+                "A plan is not for averaging, casting or reshaping."
+            )

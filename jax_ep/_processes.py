@@ -1,63 +1,86 @@
-"""Brings the processes of a job together, if they are on one host."""
+"""Brings the processes that exchange with each other together, if they are on one host."""
 
 import ctypes
-import functools
 import json
 import os
 import pathlib
 import sys
 import threading
+import time
 
 import jax
+import numpy as np
 
 from jax_ep._compat import distributed_client
+from jax_ep._library import library, register_handlers
 
-_KEY = "jax_ep/{what}/{process}"
 _PROBLEM_BYTES = 512
 _join_lock = threading.Lock()
+_joined: dict[tuple[int, ...], tuple[str | None, bool]] = {}
 
 
-def join(library: ctypes.CDLL) -> str | None:
-    """Lets this process's native code reach that of all other processes of the job.
+def members(devices: np.ndarray | None) -> np.ndarray:
+    """Returns which devices the ranks of each group are, as ``ffi/bind/cpu`` reads it."""
+    if devices is None:
+        return np.zeros(0, np.int64)
+    codes = [(d.process_index << 32) | d.id for d in devices.flat]
+    return np.array(codes, np.int64)
 
-    Every process must call it, and waits until all have; from then on it returns at once.
+
+def join(processes: tuple[int, ...]) -> tuple[str | None, bool]:
+    """Lets the native code of these processes reach each other, this one among them.
+
+    Each of them must call it for the same processes, and waits until all have; from then on it
+    returns at once. If some did not come in time, it may be called again.
 
     Args:
-      library: the native library for the CPU.
+      processes: their indices in the job, ascending.
 
     Returns:
-      Why the processes cannot exchange natively, the same for all of them, or None.
+      Why they cannot exchange natively, the same for all of them, or None; and whether that is how
+      things are, and not how something went wrong.
 
     Raises:
-      TimeoutError: some process did not call it in time.
+      TimeoutError: one of them did not call it in time.
     """
+    if len(processes) == 1:
+        return None, False
     with _join_lock:
-        return _join_once(library)
+        if processes not in _joined:
+            _joined[processes] = _join(processes)
+        return _joined[processes]
 
 
-@functools.cache
-def _join_once(library: ctypes.CDLL) -> str | None:
+def _join(processes: tuple[int, ...]) -> tuple[str | None, bool]:
     if distributed_client() is None:
-        return "this job has several processes without jax.distributed"
-    places = [json.loads(text) for text in _tell_all("place", json.dumps(_place(library)), library)]
+        return "this job has several processes without jax.distributed", False
+    register_handlers("cpu")
+    job = "-".join(map(str, processes))
+    deadline = time.monotonic() + library("cpu").jax_ep_wait_timeout()
+    told = _tell_all(f"{job}/place", json.dumps(_place()), processes, deadline)
+    places = [json.loads(text) for text in told]
     # All decide by the same facts; what only one of them can know it tells the others.
-    problems = [place["problem"] for place in places]
+    for process, place in zip(processes, places, strict=True):
+        if place["problem"]:
+            return f"process {process} cannot share memory: {place['problem']}", False
     hosts = {tuple(place["host"]) for place in places}
     if len(hosts) > 1:
-        problems.append(
-            f"native code serves processes of one host, and this job's are on {len(hosts)}"
-        )
-    if not any(problems):
-        problems = _tell_all("problem", _open_all(library, places), library)
-    return next((problem for problem in problems if problem), None)
+        return f"native code serves processes of one host, and these are on {len(hosts)}", True
+    problems = _tell_all(f"{job}/problem", _open_all(processes, places), processes, deadline)
+    return next((problem for problem in problems if problem), None), False
 
 
-def _place(library: ctypes.CDLL) -> dict:
-    """Says where this process is and where others find its board."""
+def _place() -> dict:
+    """Says where this process is and where others find its board, or why there is none."""
     address = (ctypes.c_int32 * 2)()
     problem = ctypes.create_string_buffer(_PROBLEM_BYTES)
-    library.jax_ep_open_board(address, problem, _PROBLEM_BYTES)
-    return {"host": _host(), "address": list(address), "problem": problem.value.decode()}
+    library("cpu").jax_ep_board(address, problem, _PROBLEM_BYTES)
+    why = problem.value.decode()
+    try:
+        host = _host()
+    except OSError as error:
+        host, why = [], why or str(error)
+    return {"host": host, "address": list(address), "problem": why}
 
 
 def _host() -> list[str]:
@@ -68,27 +91,32 @@ def _host() -> list[str]:
     return [boot, os.readlink("/proc/self/ns/pid"), str(os.getuid())]
 
 
-def _open_all(library: ctypes.CDLL, places: list[dict]) -> str:
-    numbers = [number for place in places for number in place["address"]]
-    addresses = (ctypes.c_int32 * len(numbers))(*numbers)
+def _open_all(processes: tuple[int, ...], places: list[dict]) -> str:
     problem = ctypes.create_string_buffer(_PROBLEM_BYTES)
-    library.jax_ep_join(jax.process_index(), len(places), addresses, problem, _PROBLEM_BYTES)
-    return problem.value.decode()
+    for process, place in zip(processes, places, strict=True):
+        address = (ctypes.c_int32 * 2)(*place["address"])
+        if not library("cpu").jax_ep_open_board(process, address, problem, _PROBLEM_BYTES):
+            here = jax.process_index()
+            return f"process {here} cannot reach process {process}: {problem.value.decode()}"
+    return ""
 
 
-def _tell_all(what: str, text: str, library: ctypes.CDLL) -> list[str]:
-    """Tells all processes ``text``, and returns what each of them told, in their order."""
+def _tell_all(what: str, text: str, processes: tuple[int, ...], deadline: float) -> list[str]:
+    """Tells these processes ``text``, and returns what each of them told, in their order."""
     client = distributed_client()
-    client.key_value_set(_KEY.format(what=what, process=jax.process_index()), text)
-    seconds = library.jax_ep_wait_timeout()
-    told = []
-    for process in range(jax.process_count()):
-        try:
-            key = _KEY.format(what=what, process=process)
-            told.append(client.blocking_key_value_get(key, int(1000 * min(seconds, 3e6))))
-        except jax.errors.JaxRuntimeError as error:
-            raise TimeoutError(
-                f"process {process} must trace the same program as the others: process "
-                f"{jax.process_index()} waited {seconds:g} s for it to say where it runs."
-            ) from error
-    return told
+    key = "jax_ep/{}/{}".format
+    # Whoever was told in vain that this process did not come in time asks again.
+    client.key_value_set(key(what, jax.process_index()), text, allow_overwrite=True)
+    return [_ask(client, key(what, process), process, deadline) for process in processes]
+
+
+def _ask(client, key: str, process: int, deadline: float) -> str:
+    left = min(max(deadline - time.monotonic(), 0.001), 3e6)
+    try:
+        return client.blocking_key_value_get(key, max(1, int(1000 * left)))
+    except jax.errors.JaxRuntimeError as error:
+        seconds = library("cpu").jax_ep_wait_timeout()
+        raise TimeoutError(
+            f"process {process} must compile the same program as the others: process "
+            f"{jax.process_index()} waited {seconds:g} s for it to say where it runs."
+        ) from error

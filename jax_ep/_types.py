@@ -9,9 +9,15 @@ AxisName: TypeAlias = str | tuple[str, ...] | None
 Implementation: TypeAlias = Literal["xla", "native"]
 Tail: TypeAlias = Literal["zero", "uninitialized"]
 
-Fabric: TypeAlias = Literal["stacked", "devices"]
-"""How the ranks of one exchange meet.
+Binding: TypeAlias = Literal["none", "vmap", "mesh"]
+"""How the axis of an exchange is bound where a plan is made or used.
 
-``"devices"``: one rank per device of the mesh axes that an enclosing ``shard_map`` made manual.
-``"stacked"``: all ranks on one device, along a leading array axis; a single rank is a stack of one.
+``"mesh"``: mesh axes that an enclosing ``shard_map`` made manual, one rank per device. ``"vmap"``:
+the ``axis_name`` of an enclosing ``vmap``, all ranks on one device. ``"none"``: one rank alone.
 """
+
+LoweredBinding: TypeAlias = Literal["none", "stacked", "mesh"]
+"""The same once ``vmap`` has done its part: ``"stacked"`` ranks are a leading array axis."""
+
+Platform: TypeAlias = Literal["cpu", "gpu"]
+"""Where there is native code, by the name that JAX's devices have for it."""

@@ -5,39 +5,47 @@ inside ``shard_map``, or the axis that ``stacked`` maps over.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Num
 
+from jax_ep._axes import Place
 from jax_ep._layout import Layout
-from jax_ep._plan import Plan, PlanArrays
-from jax_ep._types import DROPPED
+from jax_ep._ops import Op
+from jax_ep._plan import PlanArrays, Route
+from jax_ep._types import DROPPED, LoweredBinding
 
 _STACK_AXIS = "jax_ep_rank"
 _DOT_LANES = 64
 
 
-def stacked(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
-    """Runs ``op`` for all ranks of a leading axis at once."""
+def run(
+    op: Op,
+    layout: Layout,
+    binding: LoweredBinding,
+    where: Place,
+    route: Route | None,
+    payloads: tuple[Array, ...],
+) -> list[Array]:
+    """Runs an op for the rank of this device, or for all ranks of a leading axis at once."""
+    operands = (where.rank, *payloads) if route is None else (route, *payloads)
+    if binding == "mesh":
+        return list(OPS[op](layout, *operands))
     layout = dataclasses.replace(layout, axis_name=_STACK_AXIS)
-    return jax.vmap(lambda *xs: OPS[op](layout, *xs), axis_name=_STACK_AXIS)(rank, *args)
-
-
-def devices(op: str, layout: Layout, rank: Array, *args: Any) -> Any:
-    """Runs ``op`` for the rank of this device."""
-    return OPS[op](layout, rank, *args)
+    stacked = jax.vmap(lambda *xs: OPS[op](layout, *xs), axis_name=_STACK_AXIS)
+    if binding == "stacked":
+        return list(stacked(*operands))
+    out = stacked(*jax.tree.map(lambda x: x[None], operands))
+    return [x[0] for x in out]
 
 
 def plan(
     layout: Layout,
     rank: Int32[Array, ""],
-    group: Int32[Array, ""],
     topk_idx: Int32[Array, "num_tokens num_topk"],
 ) -> PlanArrays:
     """Gathers the choices of all ranks and computes this rank's plan from them."""
-    del group  # Only the native rendezvous is told; collectives know their groups.
     wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
     wire = topk_idx.astype(wire_dtype)
     expert = jax.lax.all_gather(wire, layout.axis_name).astype(jnp.int32)
@@ -68,36 +76,33 @@ def plan(
 
 def gather_rows(
     layout: Layout,
-    rank: Int32[Array, ""],
-    plan: Plan,
+    route: Route,
     x: Num[Array, "num_tokens hidden"],
-    weights: Float32[Array, "num_tokens num_topk"] | None,
-) -> Num[Array, "capacity hidden"]:
+    weights: Float32[Array, "num_tokens num_topk"] | None = None,
+) -> tuple[Num[Array, "capacity hidden"]]:
     """Fills this rank's rows with their tokens, scaled by ``weights`` where given."""
-    del rank
     choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
-    choice = choice.at[plan._recv_row].set(plan._recv_choice, mode="drop")
+    recv_row = jnp.where(_is_received(layout, route), route.recv_row, layout.capacity)
+    choice = choice.at[recv_row].set(route.recv_choice, mode="drop")
     bits = jax.lax.all_gather(_to_bits(x), layout.axis_name)
     bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
     rows = _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
     if weights is None:
-        return rows
+        return (rows,)
     dtype = _sum_dtype(x)
     scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[:, None].astype(dtype)
-    return _mask(choice, _take(scale, choice) * rows.astype(dtype)).astype(x.dtype)
+    return (_mask(choice, _take(scale, choice) * rows.astype(dtype)).astype(x.dtype),)
 
 
 def reduce_rows(
     layout: Layout,
-    rank: Int32[Array, ""],
-    plan: Plan,
+    route: Route,
     rows: Num[Array, "capacity hidden"],
-    weights: Float32[Array, "num_tokens num_topk"] | None,
-) -> Num[Array, "num_tokens hidden"]:
+    weights: Float32[Array, "num_tokens num_topk"] | None = None,
+) -> tuple[Num[Array, "num_tokens hidden"]]:
     """Adds up each token's rows: a partial sum per destination rank, then over ranks."""
-    del rank
     dtype = _sum_dtype(rows)
-    row = _row_of_choice(layout, plan)
+    row = _row_of_choice(layout, route)
     partial = jnp.zeros((layout.num_ranks, layout.num_tokens, rows.shape[1]), dtype)
     if weights is not None:
         weights = jax.lax.all_gather(weights, layout.axis_name)
@@ -114,25 +119,23 @@ def reduce_rows(
         jnp.zeros_like(partial[0], dtype),
         partial,
     )
-    return total.astype(rows.dtype)
+    return (total.astype(rows.dtype),)
 
 
 def row_dots(
     layout: Layout,
-    rank: Int32[Array, ""],
-    plan: Plan,
+    route: Route,
     rows: Num[Array, "capacity hidden"],
     dout: Num[Array, "num_tokens hidden"],
-) -> Float32[Array, "num_tokens num_topk"]:
+) -> tuple[Float32[Array, "num_tokens num_topk"]]:
     """Computes the product of each choice's row with its token's row of ``dout``."""
-    del rank
     dtype = _sum_dtype(rows)
-    row = _row_of_choice(layout, plan)
+    row = _row_of_choice(layout, route)
     dout = jax.lax.all_gather(dout, layout.axis_name).astype(dtype)
     dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
     dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
     # Each choice has its row on one rank; the others contribute exact zeros.
-    return _swap_slices(layout, dots).sum(axis=0)
+    return (_swap_slices(layout, dots).sum(axis=0),)
 
 
 OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
@@ -180,13 +183,20 @@ def _round_up(sizes: Array, alignment: int) -> Array:
     return (sizes + (alignment - 1)) // alignment * alignment
 
 
-def _row_of_choice(layout: Layout, plan: Plan) -> Array:
+def _is_received(layout: Layout, route: Route) -> Array:
+    """Tells which entries of the receive lists are in use: those past them hold anything."""
+    return jnp.arange(layout.capacity, dtype=jnp.int32) < jnp.sum(
+        route.recv_counts, dtype=jnp.int32
+    )
+
+
+def _row_of_choice(layout: Layout, route: Route) -> Array:
     """Inverts the receive lists: this rank's row for each choice [R, T, K], or ``DROPPED``."""
     shape = (layout.num_ranks, layout.num_tokens, layout.num_topk)
     size = layout.num_ranks * layout.num_tokens * layout.num_topk
-    choice = jnp.where(plan._recv_choice == DROPPED, size, plan._recv_choice)
-    row = jnp.full_like(plan._recv_row, DROPPED, shape=size)
-    return row.at[choice].set(plan._recv_row, mode="drop").reshape(shape)
+    choice = jnp.where(_is_received(layout, route), route.recv_choice, size)
+    row = jnp.full_like(route.recv_row, DROPPED, shape=size)
+    return row.at[choice].set(route.recv_row, mode="drop").reshape(shape)
 
 
 def _swap_slices(layout: Layout, x: Array) -> Array:

@@ -11,7 +11,7 @@ from implementations import AXIS
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
-from jax_ep import _native
+from jax_ep import _make_plan, _native
 
 T, K, E, H, C, WORKSPACE = 6, 2, 8, 16, 20, 123
 
@@ -31,10 +31,11 @@ class Library:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_platform", lambda: "gpu")
-    monkeypatch.setattr(_native, "_library", lambda _: Library)
-    monkeypatch.setattr(_native, "_library_problem", lambda _: None)
-    monkeypatch.setattr(_native, "_register", lambda _: None)
+    for module in (_native, _make_plan):
+        monkeypatch.setattr(module, "trace_platform", lambda: "gpu")
+    monkeypatch.setattr(_native, "library", lambda _: Library)
+    monkeypatch.setattr(_native, "library_problem", lambda _: None)
+    monkeypatch.setattr(_native, "register_handlers", lambda _: None)
 
 
 def layer(x: jax.Array, topk_idx: jax.Array, weights: jax.Array, axis: str | None) -> jax.Array:
@@ -124,6 +125,7 @@ def test_several_gpus_are_not_served_yet() -> None:
 
 def test_more_choices_than_there_is_room_for() -> None:
     topk_idx = jnp.zeros((T, 4), jnp.int32)
-    assert jax_ep.make_plan(topk_idx, num_experts=E).implementation == "xla"
+    plan = jax.eval_shape(lambda i: jax_ep.make_plan(i, num_experts=E), topk_idx)
+    assert plan.implementation == "xla"
     with pytest.raises(NotImplementedError, match="room for 3 .* these are 4"):
         jax_ep.make_plan(topk_idx, num_experts=E, implementation="native")

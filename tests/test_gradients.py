@@ -154,20 +154,22 @@ def test_whole_layer_against_the_dense_formula(ranks_row: Row) -> None:
     np.testing.assert_allclose(dweights, np.where(kept, dots, 0), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_rows_are_kept_for_the_weights_alone(implementation: str, weighted: bool) -> None:
-    """Without weights the gradient needs no rows: what the experts wrote may be freed."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_are_kept_for_the_weights_alone(implementation: str, trained: bool) -> None:
+    """Only the weights' gradient needs the rows: else what the experts wrote may be freed."""
     plan = jax.eval_shape(
         lambda idx: jax_ep.make_plan(
             idx, num_experts=8, capacity=31, implementation=implementation
         ),
         np.zeros((6, 3), np.int32),
     )
-    weights = np.ones((6, 3), np.float32) if weighted else None
+    weights = jax.ShapeDtypeStruct((6, 3), np.float32)
     rows = jax.ShapeDtypeStruct((31, 7), np.float32)
 
-    def pull(rows, plan):
+    def pull(rows, weights, plan):
+        if trained:
+            return jax.vjp(lambda r, w: jax_ep.combine(r, plan, w), rows, weights)[1]
         return jax.vjp(lambda r: jax_ep.combine(r, plan, weights), rows)[1]
 
-    residuals = jax.tree.leaves(jax.eval_shape(pull, rows, plan))
-    assert (rows.shape in [leaf.shape for leaf in residuals]) == weighted
+    residuals = jax.tree.leaves(jax.eval_shape(pull, rows, weights, plan))
+    assert (rows.shape in [leaf.shape for leaf in residuals]) == trained

@@ -12,7 +12,7 @@ import pytest
 from implementations import require
 
 import jax_ep
-from jax_ep import _info, _native
+from jax_ep import _info, _library, _native
 from jax_ep.testing import multiprocess
 
 
@@ -51,13 +51,13 @@ def test_native_serves_where_it_is_built() -> None:
     lines = _lines()
     assert lines["native"].startswith("serves the CPU devices of one host")
     assert lines["None"] == "takes native"
-    assert lines["path"] == str(_native.library_path("cpu"))
+    assert lines["path"] == str(_library.library_path("cpu"))
     assert lines["ffi_version"].startswith("0.")
     assert lines["instruction_set"]
 
 
 def test_native_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_library_problem", lambda _: "the needle")
+    monkeypatch.setattr(_native, "library_problem", lambda _: "the needle")
     lines = _lines()
     assert lines["native"] == "does not serve: the needle"
     assert lines["None"] == "takes xla"

@@ -2,10 +2,27 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
+#include <string_view>
 
 namespace jax_ep {
+namespace {
+
+// The attributes of a call are gone when its handler has returned; what is known of it
+// later, by errors and by peers, points to these. There are a handful.
+const char* Interned(std::string_view text) {
+  static std::mutex mutex;
+  static auto* texts = new std::set<std::string, std::less<>>();
+  const std::scoped_lock lock(mutex);
+  return texts->emplace(text).first->c_str();
+}
+
+}  // namespace
 
 std::optional<DType> KernelDType(ffi::DataType type) {
   switch (type) {
@@ -35,6 +52,12 @@ std::int64_t CallReader::Attribute(const char* name) {
   return 1;
 }
 
+std::span<const std::int64_t> CallReader::List(const char* name) const {
+  const auto value = attributes_.get<ffi::Span<const std::int64_t>>(name);
+  if (!value.has_value()) return {};
+  return {value->begin(), value->size()};
+}
+
 Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
   const auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
   if (!buffer.has_value() || buffer->dimensions().size() < min_dims) {
@@ -56,6 +79,7 @@ Tensor CallReader::Result(const char* name, std::size_t min_dims) {
 
 Whereabouts CallReader::ReadWhereabouts() {
   const Tensor rank = Operand("rank", 0);
+  const auto call = attributes_.get<std::string_view>("call");
   const std::int64_t stacked = rank.elements();
   const Whereabouts where = {
       .rank = static_cast<std::int32_t*>(
@@ -64,6 +88,7 @@ Whereabouts CallReader::ReadWhereabouts() {
       .fingerprint = Operand<std::uint32_t>("fingerprint", ffi::DataType::U32, stacked),
       .num_stacked = stacked,
       .num_ranks = Attribute("num_ranks"),
+      .call = Interned(call.has_value() ? *call : "exchange"),
   };
   if (failed()) return where;
   Require(stacked == 1 || stacked == where.num_ranks, "as many ranks as stacked");

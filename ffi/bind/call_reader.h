@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "common/dtype.h"
@@ -38,6 +39,7 @@ struct Whereabouts {
   const std::uint32_t* fingerprint;  // [num_stacked]
   std::int64_t num_stacked;          // ranks whose operands this call holds
   std::int64_t num_ranks;
+  const char* call;  // the public function that wants this, for errors; never freed
 };
 
 // Reads the operands, results and attributes of one exchange's call in the order that
@@ -55,6 +57,9 @@ class CallReader {
   const Whereabouts& where() const { return where_; }
 
   std::int64_t Attribute(const char* name);
+
+  // An attribute that is a list; empty if it is not there.
+  std::span<const std::int64_t> List(const char* name) const;
 
   // The next operand or result: of any shape, or of `elements` in all.
   Tensor Operand(const char* name, std::size_t min_dims);

@@ -65,7 +65,8 @@ struct HalfLayout {
 };
 
 ExchangeName NameOf(const Meeting& meeting) {
-  return {.site = meeting.span->site, .run_id = meeting.key.run_id};
+  return {.site = meeting.span->site,
+          .execution = meeting.key.run_id - meeting.span->first_run};
 }
 
 SharedPrint PrintOf(const Meeting& meeting) {
@@ -206,6 +207,7 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
     links_ = std::move(std::get<Links>(links));
   }
   ProcessWords& own = links_.own->words();
+  own.came_to.store(Digest(name), std::memory_order_relaxed);
   if (leads()) {
     own.names[HalfOf(epoch_)] = name;
     own.announced.store(epoch_, std::memory_order_release);
@@ -239,7 +241,7 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
   };
   if (!changed_.wait_until(lock, deadline_, is_there)) {
     failure = Here() + " and process " + std::to_string(process_of_[0]) +
-              ", which leads, had named run " + std::to_string(name.run_id) +
+              ", which leads, had named execution " + std::to_string(name.execution) +
               " of call " + std::to_string(name.site) + ", but " + Seconds(timeout_) +
               " later " + Ranks(here_) + " had come to " +
               Describe(PrintOf(*waiting_.front())) + " instead";

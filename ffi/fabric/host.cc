@@ -29,15 +29,26 @@ namespace jax_ep {
 namespace {
 
 // What the words of one channel carry in all processes; never 0.
-std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int32_t group) {
+std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int64_t group) {
   std::uint64_t hash = 0xcbf29ce484222325ULL;
-  const auto add = [&](std::int32_t number) {
-    hash = (hash ^ static_cast<std::uint32_t>(number)) * 0x100000001b3ULL;
+  const auto add = [&](std::int64_t number) {
+    hash = (hash ^ static_cast<std::uint64_t>(number)) * 0x100000001b3ULL;
     hash ^= hash >> 29;
   };
   for (const std::int32_t process : process_of) add(process);
   add(group);
   return hash | 1;
+}
+
+// Finds a key in a table that fills up from its start, or returns null.
+template <typename Table>
+auto* FindKey(Table& table, std::uint64_t key) {
+  for (auto& entry : table) {
+    const std::uint64_t found = entry.key.load(std::memory_order_acquire);
+    if (found == key) return &entry;
+    if (found == 0) break;
+  }
+  return static_cast<decltype(&table[0])>(nullptr);
 }
 
 }  // namespace
@@ -68,15 +79,6 @@ class Host::Other {
     if (handle_ < 0) return true;
     pollfd poll_for = {.fd = handle_, .events = POLLIN, .revents = 0};
     return poll(&poll_for, 1, 0) == 0;
-  }
-
-  const ProcessWords* Find(std::uint64_t key) const {
-    for (const ProcessWords& words : board_->words) {
-      const std::uint64_t found = words.key.load(std::memory_order_acquire);
-      if (found == key) return &words;
-      if (found == 0) return nullptr;
-    }
-    return nullptr;
   }
 
  private:
@@ -121,20 +123,22 @@ class Host::OwnChannel : public Showcase {
   const std::array<std::unique_ptr<SharedFile>, 2> halves_;
 };
 
-std::variant<std::unique_ptr<Host>, std::string> Host::Create(Timeout timeout) {
+std::variant<std::unique_ptr<Host>, std::string> Host::Create(std::int32_t here,
+                                                              Timeout timeout) {
   auto file = SharedFile::Create();
   if (auto* problem = std::get_if<std::string>(&file)) return *problem;
   std::unique_ptr<Host> host(new Host(
-      std::move(std::get<std::unique_ptr<SharedFile>>(file)), std::move(timeout)));
+      here, std::move(std::get<std::unique_ptr<SharedFile>>(file)), std::move(timeout)));
   if (host->board_ == nullptr) return "a board of shared memory cannot be mapped";
   return host;
 }
 
 // A new file is all zeros, and so is a board without channels.
-Host::Host(std::unique_ptr<SharedFile> file, Timeout timeout)
+Host::Host(std::int32_t here, std::unique_ptr<SharedFile> file, Timeout timeout)
     : file_(std::move(file)),
       board_(static_cast<Board*>(file_->Map(sizeof(Board)))),
-      timeout_(std::move(timeout)) {}
+      timeout_(std::move(timeout)),
+      here_(here) {}
 
 Host::~Host() = default;
 
@@ -142,27 +146,69 @@ BoardAddress Host::address() const {
   return {.process = getpid(), .number = file_->number()};
 }
 
-std::optional<std::string> Host::Join(std::int32_t here,
-                                      const std::vector<BoardAddress>& boards) {
-  std::vector<std::unique_ptr<Other>> others(boards.size());
-  for (std::size_t i = 0; i < boards.size(); ++i) {
-    if (static_cast<std::int32_t>(i) == here) continue;
-    auto file = SharedFile::OpenOf(boards[i].process, boards[i].number);
-    if (auto* problem = std::get_if<std::string>(&file)) return *problem;
-    others[i] =
-        std::make_unique<Other>(static_cast<std::int32_t>(i), boards[i],
-                                std::move(std::get<std::unique_ptr<SharedFile>>(file)));
-    if (others[i]->board() == nullptr) {
-      return "the board of process " + std::to_string(i) + " cannot be mapped";
-    }
+std::optional<std::string> Host::Open(std::int32_t process, BoardAddress address) {
+  if (process == here_ || Find(process) != nullptr) return std::nullopt;
+  auto file = SharedFile::OpenOf(address.process, address.number);
+  if (auto* problem = std::get_if<std::string>(&file)) return *problem;
+  auto other = std::make_unique<Other>(
+      process, address, std::move(std::get<std::unique_ptr<SharedFile>>(file)));
+  if (other->board() == nullptr) {
+    return "the board of process " + std::to_string(process) + " cannot be mapped";
   }
-  here_ = here;
-  others_ = std::move(others);
+  const std::scoped_lock lock(mutex_);
+  others_.emplace(process, std::move(other));
   return std::nullopt;
 }
 
+const Host::Other* Host::Find(std::int32_t process) {
+  const std::scoped_lock lock(mutex_);
+  const auto found = others_.find(process);
+  return found == others_.end() ? nullptr : found->second.get();
+}
+
+bool Host::IsAlive(std::int32_t process) {
+  const Other* other = Find(process);
+  return other == nullptr || other->alive();
+}
+
+Board::FirstRunsOfRank* Host::OwnFirstRuns(std::int64_t group, std::int32_t rank) {
+  const std::uint64_t key = Hash({rank}, group);
+  const std::scoped_lock lock(mutex_);
+  if (auto* found = FindKey(board_->first_runs, key)) return found;
+  auto* unused = FindKey(board_->first_runs, 0);
+  if (unused != nullptr) unused->key.store(key, std::memory_order_release);
+  return unused;
+}
+
+std::optional<std::int32_t> Host::BeginFirstRun(std::int64_t group, std::int32_t rank) {
+  Board::FirstRunsOfRank* own = OwnFirstRuns(group, rank);
+  if (own == nullptr) return std::nullopt;
+  return own->begun.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+void Host::EndFirstRun(std::int64_t group, std::int32_t rank) {
+  OwnFirstRuns(group, rank)->begun.fetch_sub(1, std::memory_order_relaxed);
+}
+
+std::int32_t Host::FirstRunsOf(std::int32_t process, std::int64_t group,
+                               std::int32_t rank) {
+  const Other* other = Find(process);
+  const Board& board = other == nullptr ? *board_ : *other->board();
+  const auto* found = FindKey(board.first_runs, Hash({rank}, group));
+  return found == nullptr ? 0 : found->begun.load(std::memory_order_relaxed);
+}
+
+bool Host::IsIn(std::int32_t process, const std::vector<std::int32_t>& process_of,
+                std::int64_t group, const ExchangeName& name) {
+  const Other* other = Find(process);
+  if (other == nullptr) return false;
+  const auto* words = FindKey(other->board()->words, Hash(process_of, group));
+  return words != nullptr &&
+         words->came_to.load(std::memory_order_relaxed) == Digest(name);
+}
+
 std::shared_ptr<Relay> Host::ChannelOf(const std::vector<std::int32_t>& process_of,
-                                       std::int32_t group) {
+                                       std::int64_t group) {
   const std::scoped_lock lock(mutex_);
   const ChannelKey key(process_of, group);
   std::shared_ptr<Channel>& channel = channels_[key];
@@ -231,7 +277,7 @@ std::variant<Links, std::string> Host::ConnectTo(const ChannelKey& key,
   const std::set<std::int32_t> processes(key.first.begin(), key.first.end());
   for (const std::int32_t process : processes) {
     if (process == here_) continue;
-    auto neighbor = Find(*others_[static_cast<std::size_t>(process)], hash, deadline);
+    auto neighbor = Find(*Find(process), hash, deadline);
     if (const auto* problem = std::get_if<std::string>(&neighbor)) {
       words.gave_up.store(1, std::memory_order_release);
       Ring(words.bell);
@@ -254,7 +300,7 @@ std::variant<std::unique_ptr<Neighbor>, std::string> Host::Find(
   for (;;) {
     const std::uint32_t seen = board.opened.load(std::memory_order_acquire);
     const bool was_alive = other.alive();
-    words = other.Find(key);
+    words = FindKey(board.words, key);
     if (words != nullptr) break;
     const Clock::time_point now = Clock::now();
     if (!was_alive) return name + " has ended";

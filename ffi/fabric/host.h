@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -29,8 +30,17 @@ namespace jax_ep {
 struct Board {
   static constexpr std::size_t kMaxChannels = 1024;
 
+  static constexpr std::size_t kMaxRanks = 4096;
+
+  // How often a rank has begun to run a call for the first time.
+  struct FirstRunsOfRank {
+    std::atomic<std::uint64_t> key;  // of group and rank; 0: nobody's
+    std::atomic<std::int32_t> begun;
+  };
+
   Bell opened;  // rung after words got their key
   std::array<ProcessWords, kMaxChannels> words;
+  std::array<FirstRunsOfRank, kMaxRanks> first_runs;
 };
 
 // Where to find a process's board.
@@ -44,8 +54,9 @@ class Host {
  public:
   using Timeout = std::function<std::chrono::duration<double>()>;
 
-  // Makes this process's board.
-  static std::variant<std::unique_ptr<Host>, std::string> Create(Timeout timeout);
+  // Makes this process's board. It is number `here` of the job.
+  static std::variant<std::unique_ptr<Host>, std::string> Create(std::int32_t here,
+                                                                 Timeout timeout);
 
   ~Host();
   Host(const Host&) = delete;
@@ -53,20 +64,28 @@ class Host {
 
   BoardAddress address() const;
 
-  // Opens the boards of all processes of the job, in their order, of which this is
-  // number `here`. Returns what went wrong.
-  std::optional<std::string> Join(std::int32_t here,
-                                  const std::vector<BoardAddress>& boards);
+  // Opens the board of another process of the job, or does nothing if it is open.
+  // Returns what went wrong.
+  std::optional<std::string> Open(std::int32_t process, BoardAddress address);
 
   std::int32_t here() const { return here_; }
-  std::int32_t num_processes() const {
-    return static_cast<std::int32_t>(others_.size());
-  }
 
-  // Returns the channel of the ranks that are in these processes, in one of the groups
-  // along a mesh's other axes. It is the same for all meshes that agree in this.
+  // Returns the channel of a group of ranks that are in these processes, whose boards
+  // are open. It is the same for all meshes that have this group.
   std::shared_ptr<Relay> ChannelOf(const std::vector<std::int32_t>& process_of,
-                                   std::int32_t group);
+                                   std::int64_t group);
+
+  // Says that a rank of this process begins a first run; returns how many it has begun,
+  // if there is room to say so. And that it was none.
+  std::optional<std::int32_t> BeginFirstRun(std::int64_t group, std::int32_t rank);
+  void EndFirstRun(std::int64_t group, std::int32_t rank);
+
+  // What other processes say: how many first runs a rank has begun, and whether the
+  // ranks of one have come to an exchange, and to no later one.
+  std::int32_t FirstRunsOf(std::int32_t process, std::int64_t group, std::int32_t rank);
+  bool IsIn(std::int32_t process, const std::vector<std::int32_t>& process_of,
+            std::int64_t group, const ExchangeName& name);
+  bool IsAlive(std::int32_t process);
 
   // For tests: called as each phase of each channel begins.
   void set_on_phase(std::function<void(Phase, Epoch)> on_phase);
@@ -75,9 +94,11 @@ class Host {
   class Other;
   class OtherChannel;
   class OwnChannel;
-  using ChannelKey = std::pair<std::vector<std::int32_t>, std::int32_t>;
+  using ChannelKey = std::pair<std::vector<std::int32_t>, std::int64_t>;
 
-  Host(std::unique_ptr<SharedFile> file, Timeout timeout);
+  Host(std::int32_t here, std::unique_ptr<SharedFile> file, Timeout timeout);
+  const Other* Find(std::int32_t process);
+  Board::FirstRunsOfRank* OwnFirstRuns(std::int64_t group, std::int32_t rank);
   std::variant<Links, std::string> ConnectTo(const ChannelKey& key,
                                              Clock::time_point deadline);
   void OnPhase(Phase phase, Epoch epoch);
@@ -88,10 +109,10 @@ class Host {
   const std::unique_ptr<SharedFile> file_;
   Board* const board_;
   const Timeout timeout_;
-  std::int32_t here_ = 0;
-  std::vector<std::unique_ptr<Other>> others_;  // by process; null for this one
+  const std::int32_t here_;
 
   std::mutex mutex_;  // guards all below
+  std::map<std::int32_t, std::unique_ptr<Other>> others_;  // stay for good
   std::size_t num_channels_ = 0;
   std::function<void(Phase, Epoch)> on_phase_;
   Crew crew_;

@@ -29,10 +29,13 @@ struct MeetingKey {
   bool operator==(const MeetingKey&) const = default;
 };
 
+// Of a lent buffer: rows, bytes of a row.
+using Dims = std::array<std::int64_t, 2>;
+
 // What all ranks of an exchange must agree on.
 struct CallPrint {
   const char* op;
-  std::array<std::int64_t, 2> dims;  // of the lent buffer: rows, bytes of a row
+  Dims dims;
   std::uint32_t plan = 0;
   bool operator==(const CallPrint& other) const;
 };
@@ -65,6 +68,7 @@ struct Span {
   std::vector<std::int32_t> process_of;  // by rank
   std::int32_t here;                     // this process
   std::int64_t site;                     // the call's, the same in all processes
+  std::int64_t first_run;                // the run in which they agreed on it
   std::shared_ptr<Relay> relay;
 
   bool IsHere(std::int64_t rank) const {

@@ -26,12 +26,19 @@ enum class Phase : std::uint32_t {
   kPulling,     // reading them
 };
 
-// Which exchange an epoch is: one run of one custom call, the same in all processes.
+// Which exchange an epoch is, the same in all processes: a call that its ranks have
+// agreed on, and which execution of it, counted from when they did.
 struct ExchangeName {
   std::int64_t site;
-  std::int64_t run_id;
+  std::int64_t execution;
   bool operator==(const ExchangeName&) const = default;
 };
+
+constexpr std::uint64_t Digest(const ExchangeName& name) {
+  const auto site = static_cast<std::uint64_t>(name.site);
+  const auto execution = static_cast<std::uint64_t>(name.execution);
+  return ((site << 40) + execution) * 0x9e3779b97f4a7c15ULL + 1;
+}
 
 // What the processes must agree on, in a form that they can share.
 struct SharedPrint {
@@ -57,6 +64,7 @@ struct alignas(64) ProcessWords {
   std::atomic<Epoch> published;
   std::atomic<Epoch> finished;
   std::atomic<Epoch> gave_up;  // in which it failed; 0: it has not
+  std::atomic<std::uint64_t> came_to;  // digest of the name its ranks last came to
 
   // By the epoch's last bit, released by `announced` and `published`.
   alignas(64) std::array<ExchangeName, 2> names;

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from strategies import Shape
 
 import jax_ep
-from jax_ep import _native, _processes
+from jax_ep import _info, _native, _processes
 from jax_ep.testing import multiprocess
 
 CASES = [
@@ -82,56 +82,84 @@ def _compare_with_oracle(row: Row, dtype: Any) -> None:
 @multiprocess(2, 1)
 def test_the_choice_falls_on_native() -> None:
     require("native")
-    assert _chosen() == "native"
+    assert _carrier() == "native"
 
 
 @multiprocess(2, 1)
 def test_processes_of_several_hosts_use_xla_and_native_says_why_not() -> None:
-    require_library()
+    require("native")
     _processes._host = lambda: [f"host {jax.process_index()}"]
-    assert _chosen() == "xla"
+    assert _carrier() == "xla"
     with pytest.raises(NotImplementedError, match=r"implementation='native'.* are on 2\b"):
-        _chosen("native")
-    alone = jax_ep.make_plan(jnp.zeros((2, 1), jnp.int32), num_experts=2)
-    assert alone.implementation == "native"
+        _carrier("native")
+    assert _carrier(devices=jax.local_devices()) == "native"
 
 
 @multiprocess(2, 1)
 def test_what_one_process_cannot_do_all_know() -> None:
     """They must choose alike, or they would wait for each other in different places."""
-    require_library()
+    require("native")
     open_all = _processes._open_all
     if jax.process_index() == 1:
         _processes._open_all = lambda *args: open_all(*args) or "the needle"
-    assert _chosen() == "xla"
+    with pytest.warns(RuntimeWarning, match="implementation='xla': the needle"):
+        assert _carrier() == "xla"
+    assert _carrier() == "xla"
     with pytest.raises(NotImplementedError, match="the needle"):
-        _chosen("native")
+        _carrier("native")
 
 
 @multiprocess(2, 1)
-def test_a_process_that_traces_alone_is_told_so() -> None:
-    require_library()
+def test_a_process_without_shared_memory_is_told_to_all() -> None:
+    """It says so before it could open what others show."""
+    require("native")
+    if jax.process_index() == 1:
+        _processes._host = _no_boot_id
+    with pytest.warns(RuntimeWarning, match="process 1 cannot share memory: no boot id"):
+        assert _carrier() == "xla"
+
+
+@multiprocess(2, 1)
+def test_a_process_that_compiles_late_is_waited_for_again() -> None:
+    """A time-out is the end of one attempt, not of the job."""
+    require("native")
     if jax.process_index() == 0:
         jax_ep.set_wait_timeout(0.5)
-        with pytest.raises(TimeoutError, match="process 1 must trace the same program.* 0.5 s"):
-            _chosen()
+        with pytest.raises(TimeoutError, match="process 1 must compile the same program.* 0.5 s"):
+            _carrier()
+        assert _carrier(devices=jax.local_devices()) == "native"
+        jax_ep.set_wait_timeout(60)
+    else:
+        time.sleep(1.5)
+    assert _carrier() == "native"
 
 
-def require_library() -> None:
-    """Like ``require``, which would already bring the processes together."""
-    if (problem := _native._library_problem("cpu")) is not None:
-        pytest.fail(problem)
+@multiprocess(2, 1)
+def test_asking_waits_for_nobody() -> None:
+    """One process asks what serves, and the other never takes part."""
+    require("native")
+    if jax.process_index() == 0:
+        began = time.monotonic()
+        assert "serves the CPU devices of one host" in _info.info()
+        assert _native.library_info()["instruction_set"]
+        assert time.monotonic() - began < 5
 
 
-def _chosen(implementation: Any = None) -> str:
-    chosen = []
+def _no_boot_id() -> list[str]:
+    raise OSError("no boot id")
+
+
+def _carrier(implementation: Any = None, devices: Any = None) -> str:
+    """Returns what carries a plan between one device of each process, or between those given."""
+    mesh = jax.sharding.Mesh(np.array(devices or jax.devices()), ("expert",))
 
     def per_rank(topk_idx: jax.Array) -> jax.Array:
         plan = jax_ep.make_plan(
-            topk_idx[0], num_experts=2, axis_name="expert", implementation=implementation
+            topk_idx, num_experts=2, axis_name="expert", implementation=implementation
         )
-        chosen.append(plan.implementation)
-        return topk_idx
+        return plan.recv_counts
 
-    jax.eval_shape(over_devices(per_rank, 2), np.zeros((2, 1, 1, 1), np.int32))
-    return chosen[0]
+    spec = jax.sharding.PartitionSpec("expert")
+    program = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
+    text = program.lower(np.zeros((mesh.size, 1), np.int32)).as_text()
+    return "native" if "jax_ep_plan" in text else "xla"

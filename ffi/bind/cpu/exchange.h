@@ -4,55 +4,24 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "bind/call_reader.h"
+#include "bind/cpu/call_site.h"
 #include "cpu/publish_rows.h"
-#include "fabric/host.h"
 #include "fabric/meeting.h"
 #include "fabric/work_share.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
 
-// Identifies one custom call of a compiled program, the same for all its devices. XLA
-// makes it when it instantiates the call, so that two calls of one traced function are
-// told apart although everything else about them is equal.
-struct CallSite {
-  static ffi::TypeId id;
-  static const ffi::TypeInfo info;
-
-  // Returns whether a device runs the call for the first time.
-  bool IsNewTo(std::int32_t device);
-
-  // The ranks that a device's rank meets at this call, in which processes they are;
-  // told on its first run and remembered. `processes` and `sites` say, by rank, where
-  // it is and what number the roll call has there, or -1 if it was told before.
-  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(
-      std::int32_t device, std::int32_t group, const std::int32_t* roll,
-      std::int64_t num_ranks);
-
-  std::int64_t number;
-
- private:
-  std::mutex mutex_;  // guards all below
-  std::set<std::int32_t> devices_;
-  std::map<std::int32_t, std::shared_ptr<const Span>> spans_;  // by device
-};
-
 // Where the devices of this process meet.
 MeetingPoint& ProcessMeetingPoint();
-
-// This process among the others on its host, or null if it has not met them.
-Host* ProcessHost();
 
 Schedule ScheduleOn(ffi::ThreadPool& pool);
 
@@ -65,7 +34,8 @@ void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 //   Work MakeWork(const Args&)
 //   Lent LentBy(const Args&): what a rank's peers read, of its buffers or its Args
 //   void SetPeers(Args&, const PeerTables&)
-//   CallPrint PrintOf(const Args&), but for the plan
+//   DimsOf(const Args&): of what a rank lends, for its CallPrint
+//   kPullsRows: whether each token pulls its choices' rows
 //   PublishRowsArgs PublicationOf(const Args&, const Published&): what other processes
 //     are to find of a rank's lent buffers
 
@@ -97,29 +67,30 @@ struct PendingCall {
 
 // What only a call says that may span processes.
 struct SpanningCall {
-  const std::int32_t* roll;      // [num_ranks, 2], see CallSite
+  const std::int32_t* numbers;   // [num_ranks], what the roll call has told
   const std::int32_t* recv_row;  // as in GatherRowsArgs
   const std::int32_t* recv_counts;
 };
 
-SpanningCall ReadSpanningCall(CallReader& reader);
+SpanningCall ReadSpanningCall(CallReader& reader, bool pulls_rows);
 
-// Finds out with whom a call's rank exchanges, and what it publishes if they are not
-// all in this process: then it returns where they are.
+// Finds out where a call's rank exchanges, and what it publishes there, if not all of
+// its group are in this process.
 template <typename Op>
 std::shared_ptr<const Span> FindSpan(CallSite* site, std::int32_t device,
+                                     const Group& group, std::int64_t run_id,
                                      CallReader& reader, PendingCall<Op>& call) {
-  if (reader.Attribute("num_processes") <= 1) return nullptr;
-  const Whereabouts& where = reader.where();
-  const SpanningCall spanning = ReadSpanningCall(reader);
+  if (reader.failed() || !group.Spans(ProcessIndex())) return nullptr;
+  const SpanningCall spanning = ReadSpanningCall(reader, Op::kPullsRows);
+  const FirstRun run = DescribeRun(reader, group, run_id);
   if (reader.failed()) return nullptr;
-  auto found = site->SpanOf(device, *where.group, spanning.roll, where.num_ranks);
+  auto found = site->SpanOf(device, run, group, spanning.numbers[0]);
   if (const auto* problem = std::get_if<std::string>(&found)) {
     reader.Fail(*problem);
     return nullptr;
   }
   auto span = std::move(std::get<std::shared_ptr<const Span>>(found));
-  if (span) call.publication = Op::PublicationOf(call.args, spanning, *span);
+  call.publication = Op::PublicationOf(call.args, spanning, *span);
   return span;
 }
 
@@ -130,7 +101,7 @@ Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& call,
   const PublishRowsArgs& publication = call->publication;
   Attendance attendance = {
       .key = {},
-      .print = Op::PrintOf(call->args),
+      .print = {.op = where.call, .dims = Op::DimsOf(call->args)},
       .rank = *where.rank,
       .num_ranks = static_cast<std::int32_t>(where.num_ranks),
       .lent = Op::LentBy(call->args),
@@ -165,11 +136,8 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
   CallReader reader(operands, results, attributes);
   call->args = Op::Read(reader);
   const Whereabouts& where = reader.where();
-  if (!reader.failed()) {
-    reader.Require(*where.rank >= 0 && *where.rank < where.num_ranks,
-                   "a rank of these");
-  }
-  const auto span = FindSpan(site, device, reader, *call);
+  const Group group = FindGroup(reader, device);
+  const auto span = FindSpan(site, device, group, run.run_id, reader, *call);
   if (reader.failed()) {
     call->promise.SetError(reader.error());
     return future;
@@ -182,7 +150,7 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
   }
   Attendance attendance = AttendanceOf(call, where);
   attendance.key = {
-      .run_id = run.run_id, .call_site = site->number, .group = *where.group};
+      .run_id = run.run_id, .call_site = site->number, .group = group.number};
   attendance.schedule = ScheduleOn(pool);
   attendance.span = span;
   ProcessMeetingPoint().Attend(attendance);

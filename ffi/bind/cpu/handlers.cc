@@ -37,10 +37,8 @@ struct GatherRowsOp {
     args.x = PeerTable(tables[0]);
     args.weights = PeerTable(tables[1]);
   }
-  static CallPrint PrintOf(const Args& args) {
-    return {.op = args.scaled ? "gradient of combine" : "dispatch",
-            .dims = {args.num_tokens, args.row_bytes}};
-  }
+  static constexpr bool kPullsRows = false;
+  static Dims DimsOf(const Args& args) { return {args.num_tokens, args.row_bytes}; }
   static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall&,
                                        const Span&) {
     PublishRowsArgs whole = PublishAll(args.x[0], args.num_tokens, args.row_bytes);
@@ -61,8 +59,9 @@ struct PullRows {
   static void SetPeers(Args& args, const PeerTables& tables) {
     args.rows = PeerTable(tables[0]);
   }
-  static CallPrint PrintOf(const char* op, const Args& args) {
-    return {.op = op, .dims = {args.capacity, args.hidden * ByteWidth(args.dtype)}};
+  static constexpr bool kPullsRows = true;
+  static Dims DimsOf(const Args& args) {
+    return {args.capacity, args.hidden * ByteWidth(args.dtype)};
   }
   // Only the rows that ranks elsewhere pull, as each is pulled by one token's rank.
   static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall& call,
@@ -89,18 +88,11 @@ struct PullRows {
 struct ReduceRowsOp : PullRows<ReduceRowsArgs> {
   static Args Read(CallReader& reader) { return ReadReduceRows(reader); }
   static Work MakeWork(const Args& args) { return ReduceRowsWork(args); }
-  static CallPrint PrintOf(const Args& args) {
-    return PullRows::PrintOf(
-        args.weights != nullptr ? "combine" : "combine with unit weights", args);
-  }
 };
 
 struct RowDotsOp : PullRows<RowDotsArgs> {
   static Args Read(CallReader& reader) { return ReadRowDots(reader); }
   static Work MakeWork(const Args& args) { return RowDotsWork(args); }
-  static CallPrint PrintOf(const Args& args) {
-    return PullRows::PrintOf("gradient of combine in its weights", args);
-  }
 };
 
 using Body = std::function<void(std::int64_t)>;
@@ -135,11 +127,10 @@ struct PlanOp {
     args.plan.topk_idx = PeerTable(tables[0]);
     args.plan.outputs = PeerTable(tables[1]);
   }
-  static CallPrint PrintOf(const Args& args) {
-    return {
-        .op = "make_plan",
-        .dims = {args.plan.num_tokens,
-                 args.plan.num_topk * static_cast<std::int64_t>(sizeof(std::int32_t))}};
+  static constexpr bool kPullsRows = false;
+  static Dims DimsOf(const Args& args) {
+    return {args.plan.num_tokens,
+            args.plan.num_topk * static_cast<std::int64_t>(sizeof(std::int32_t))};
   }
   static PublishRowsArgs PublicationOf(const Args& args, const SpanningCall&,
                                        const Span&) {

@@ -1,0 +1,175 @@
+#include "bind/cpu/call_site.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace jax_ep {
+namespace {
+
+constexpr std::uint64_t kHashSeed = 0xcbf29ce484222325ULL;
+
+std::uint64_t Mix(std::uint64_t hash, std::uint64_t number) {
+  hash = (hash ^ number) * 0x100000001b3ULL;
+  return hash ^ (hash >> 29);
+}
+
+std::int64_t IdOf(std::span<const std::int64_t> members) {
+  std::uint64_t hash = kHashSeed;
+  for (const std::int64_t member : members) {
+    hash = Mix(hash, static_cast<std::uint64_t>(member));
+  }
+  return static_cast<std::int64_t>(hash);
+}
+
+}  // namespace
+
+ffi::TypeId CallSite::id = {};
+const ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
+
+bool Group::Spans(std::int32_t process) const {
+  for (std::size_t rank = 0; rank < members.size(); ++rank) {
+    if (ProcessOf(rank) != process) return true;
+  }
+  return false;
+}
+
+Group FindGroup(CallReader& reader, std::int32_t device) {
+  const Whereabouts& where = reader.where();
+  if (reader.failed()) return {};
+  const std::int32_t rank = *where.rank;
+  reader.Require(rank >= 0 && rank < where.num_ranks, "a rank of these");
+  const std::span<const std::int64_t> all = reader.List("members");
+  if (all.empty() || reader.failed()) return {.number = *where.group, .members = {}, .id = 0};
+  const std::int64_t self = (static_cast<std::int64_t>(ProcessIndex()) << 32) | device;
+  const auto found = std::ranges::find(all, self);
+  const std::int64_t index = found - all.begin();
+  if (found == all.end() || index % where.num_ranks != rank) {
+    reader.Fail(std::string(where.call) + ": the program was compiled for other devices than device " +
+                std::to_string(device) + " of process " + std::to_string(ProcessIndex()) +
+                " as rank " + std::to_string(rank));
+    return {};
+  }
+  const auto members = all.subspan(static_cast<std::size_t>(index - rank),
+                                   static_cast<std::size_t>(where.num_ranks));
+  return {.number = static_cast<std::int32_t>(index / where.num_ranks),
+          .members = members,
+          .id = IdOf(members)};
+}
+
+bool CallSite::IsNewTo(std::int32_t device) {
+  const std::scoped_lock lock(mutex_);
+  return devices_.insert(device).second;
+}
+
+std::variant<std::shared_ptr<const Span>, std::string> CallSite::SpanOf(
+    std::int32_t device, const FirstRun& run, const Group& group, std::int32_t told) {
+  const std::scoped_lock lock(mutex_);
+  if (const auto known = spans_.find(device); known != spans_.end()) {
+    return known->second;
+  }
+  AgreedCall agreed = {.number = told, .first_run = run.run_id};
+  if (told >= 0) {
+    ProcessFirstRuns().Remember(run, agreed);
+  } else if (const auto found = ProcessFirstRuns().Find(run.group, -2 - told)) {
+    agreed = *found;
+  } else {
+    return "the program's first run failed before its ranks had agreed on this call: "
+           "compile it anew";
+  }
+  auto span = std::make_shared<const Span>(
+      Span{.process_of = run.process_of,
+           .here = ProcessIndex(),
+           .site = agreed.number,
+           .first_run = agreed.first_run,
+           .relay = ProcessHost()->ChannelOf(run.process_of, group.id)});
+  spans_[device] = span;
+  return span;
+}
+
+FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id) {
+  const Whereabouts& where = reader.where();
+  FirstRun run = {.call = where.call, .kind = kHashSeed, .group = group.id, .run_id = run_id};
+  if (reader.failed()) return run;
+  for (const char* c = where.call; *c != '\0'; ++c) {
+    run.kind = Mix(run.kind, static_cast<unsigned char>(*c));
+  }
+  for (const char* name : {"op", "num_ranks", "num_experts", "num_tokens", "num_topk",
+                           "capacity", "row_bytes"}) {
+    run.kind = Mix(run.kind, static_cast<std::uint64_t>(reader.Attribute(name)));
+  }
+  run.rank = *where.rank;
+  for (std::size_t rank = 0; rank < group.members.size(); ++rank) {
+    run.process_of.push_back(group.ProcessOf(rank));
+  }
+  return run;
+}
+
+namespace {
+
+ffi::ErrorOr<std::unique_ptr<CallSite>> NewCallSite() {
+  static std::atomic<std::int64_t> next{0};
+  auto site = std::make_unique<CallSite>();
+  site->number = next.fetch_add(1, std::memory_order_relaxed);
+  return site;
+}
+
+// What a device says when it runs a call for the first time: this call's number, for
+// all ranks to take that of the first one. -1 if they have agreed on it before or are
+// all in this process; -2 - n if others know it as number n. The operands are there so
+// that calls with different ones are different calls to XLA.
+ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
+                     ffi::RemainingArgs operands, ffi::RemainingRets results,
+                     ffi::Dictionary attributes) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  CallReader reader(operands, results, attributes);
+  const Group group = FindGroup(reader, device);
+  auto* said = reader.Result<std::int32_t>("number", ffi::DataType::S32, 1);
+  FirstRun first = DescribeRun(reader, group, run.run_id);
+  first.site = site->number;
+  if (reader.failed()) {
+    promise.SetError(reader.error());
+    return future;
+  }
+  *said = -1;
+  if (!group.Spans(ProcessIndex()) || !site->IsNewTo(device)) {
+    promise.SetAvailable();
+    return future;
+  }
+  const auto number = static_cast<std::int32_t>(site->number);
+  const auto told = [said, number, promise](const FirstRuns::Outcome& outcome) mutable {
+    if (outcome.failure) {
+      promise.SetError({ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *outcome.failure});
+      return;
+    }
+    *said = outcome.known ? static_cast<std::int32_t>(-2 - outcome.known->number) : number;
+    promise.SetAvailable();
+  };
+  ProcessFirstRuns().Await(*ProcessHost(), std::move(first), told);
+  return future;
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_new_call_site, jax_ep::NewCallSite,
+                              xla::ffi::Ffi::BindInstantiate());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_roll_call, jax_ep::RollCall,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::State<jax_ep::CallSite>>()
+                                  .Ctx<xla::ffi::RunId>()
+                                  .Ctx<xla::ffi::DeviceOrdinal>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs());

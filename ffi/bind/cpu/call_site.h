@@ -1,0 +1,79 @@
+#ifndef JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
+#define JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <variant>
+
+#include "bind/call_reader.h"
+#include "fabric/first_runs.h"
+#include "fabric/host.h"
+#include "fabric/meeting.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+// The ranks that a device's rank exchanges with, as the program's mesh has it.
+struct Group {
+  // Which of the mesh's groups of ranks. Without a list of members: which along the
+  // axes that the program knows of, all of this process.
+  std::int32_t number;
+  std::span<const std::int64_t> members;  // by rank: its process << 32 | device's id
+  std::int64_t id;                        // the same for equal members only
+
+  std::int32_t ProcessOf(std::size_t rank) const {
+    return static_cast<std::int32_t>(members[rank] >> 32);
+  }
+  bool Spans(std::int32_t process) const;
+};
+
+// Finds the group that a device's call belongs to. XLA's ordinal of a CPU device is its
+// id in the whole job. Two devices never have one rank of
+// one group, whatever their program says. What it returns refers to the call's
+// attributes; it is of no use once the reader has failed.
+Group FindGroup(CallReader& reader, std::int32_t device);
+
+// Identifies one custom call of a compiled program, the same for all its devices. XLA
+// makes it when it instantiates the call, so that two calls of one traced function are
+// told apart although everything else about them is equal.
+struct CallSite {
+  static ffi::TypeId id;
+  static const ffi::TypeInfo info;
+
+  // Returns whether a device runs the call for the first time.
+  bool IsNewTo(std::int32_t device);
+
+  // Where a device's rank meets its peers at this call, if they are not all in this
+  // process: told by the roll call on the device's first run, and remembered.
+  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(
+      std::int32_t device, const FirstRun& run, const Group& group,
+      std::int32_t told);
+
+  std::int64_t number;
+
+ private:
+  std::mutex mutex_;  // guards all below
+  std::set<std::int32_t> devices_;
+  std::map<std::int32_t, std::shared_ptr<const Span>> spans_;  // by device
+};
+
+// What tells one kind of call from another, in all processes alike.
+FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id);
+
+// This process among the others of its job.
+std::int32_t ProcessIndex();
+
+// What it shows to them; it comes to be when they first need it. Null if it cannot.
+Host* ProcessHost();
+
+FirstRuns& ProcessFirstRuns();
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_BIND_CPU_CALL_SITE_H_

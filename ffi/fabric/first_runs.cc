@@ -1,0 +1,180 @@
+#include "fabric/first_runs.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace jax_ep {
+namespace {
+
+// First runs are few, and follow a compilation.
+constexpr std::chrono::milliseconds kPoll{1};
+
+}  // namespace
+
+FirstRuns::~FirstRuns() {
+  {
+    const std::scoped_lock lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  if (watcher_.joinable()) watcher_.join();
+}
+
+void FirstRuns::Await(Host& host, FirstRun run, Told told) {
+  const auto turn = host.BeginFirstRun(run.group, run.rank);
+  if (!turn) {
+    told({.failure = "this process has ranks in too many groups"});
+    return;
+  }
+  const auto timeout = timeout_();
+  const std::scoped_lock lock(mutex_);
+  pending_.push_back({.host = &host,
+                      .run = std::move(run),
+                      .told = std::move(told),
+                      .turn = *turn,
+                      .deadline = Clock::now() +
+                                  std::chrono::duration_cast<Clock::duration>(
+                                      std::min(timeout, kLongestWait)),
+                      .timeout = timeout});
+  if (!watcher_.joinable()) watcher_ = std::thread([this] { Watch(); });
+  changed_.notify_all();
+}
+
+void FirstRuns::Remember(const FirstRun& run, AgreedCall call) {
+  const std::scoped_lock lock(mutex_);
+  std::vector<Known>& known = known_[run.group];
+  const bool is_new = std::ranges::none_of(
+      known, [&](const Known& k) { return k.call.number == call.number; });
+  if (is_new) known.push_back({.kind = run.kind, .call = call});
+}
+
+std::optional<AgreedCall> FirstRuns::Find(std::int64_t group, std::int64_t number) {
+  const std::scoped_lock lock(mutex_);
+  for (const Known& known : known_[group]) {
+    if (known.call.number == number) return known.call;
+  }
+  return std::nullopt;
+}
+
+void FirstRuns::Watch() {
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    if (pending_.empty()) {
+      changed_.wait(lock);
+      continue;
+    }
+    std::vector<std::pair<Told, Outcome>> over;
+    for (auto it = pending_.begin(); it != pending_.end();) {
+      auto outcome = Look(*it);
+      if (outcome && (outcome->known || outcome->failure)) TakeBack(*it);
+      if (outcome) over.emplace_back(std::move(it->told), *std::move(outcome));
+      it = outcome ? pending_.erase(it) : std::next(it);
+    }
+    lock.unlock();
+    // Each goes on with its rank's program, up to where that waits for other ranks.
+    for (auto& [told, outcome] : over) std::thread(std::move(told), outcome).detach();
+    lock.lock();
+    changed_.wait_for(lock, kPoll);
+  }
+}
+
+// What turned out to be no first run, or failed, does not count.
+void FirstRuns::TakeBack(const Pending& pending) {
+  pending.host->EndFirstRun(pending.run.group, pending.run.rank);
+  for (Pending& other : pending_) {
+    if (other.run.group == pending.run.group && other.run.rank == pending.run.rank &&
+        other.turn > pending.turn) {
+      --other.turn;
+    }
+  }
+}
+
+std::optional<FirstRuns::Outcome> FirstRuns::Look(const Pending& pending) {
+  const std::vector<std::int32_t> missing = Missing(pending);
+  if (missing.empty()) return Outcome{};
+  if (auto known = CallOfOthers(pending)) return Outcome{.known = known};
+  const bool ended = std::ranges::any_of(missing, [&](std::int32_t rank) {
+    return !pending.host->IsAlive(
+        pending.run.process_of[static_cast<std::size_t>(rank)]);
+  });
+  if (!ended && Clock::now() < pending.deadline) return std::nullopt;
+  return Outcome{.failure = Describe(pending, missing) + (ended ? "; one has ended" : "")};
+}
+
+// The ranks that have not begun as many first runs as this one.
+std::vector<std::int32_t> FirstRuns::Missing(const Pending& pending) const {
+  const FirstRun& run = pending.run;
+  std::vector<std::int32_t> missing;
+  for (std::size_t i = 0; i < run.process_of.size(); ++i) {
+    const auto rank = static_cast<std::int32_t>(i);
+    if (pending.host->FirstRunsOf(run.process_of[i], run.group, rank) < pending.turn) {
+      missing.push_back(rank);
+    }
+  }
+  return missing;
+}
+
+// The call of this kind in which another process waits, in the very execution that this
+// run is of a program compiled again: it has the same number of runs behind it.
+std::optional<AgreedCall> FirstRuns::CallOfOthers(const Pending& pending) {
+  if (IsAmbiguous(pending)) return std::nullopt;
+  const FirstRun& run = pending.run;
+  for (const Known& known : known_[run.group]) {
+    // What was agreed on in this very run is another call of it.
+    if (known.kind != run.kind || known.call.first_run == run.run_id) continue;
+    const ExchangeName name = {.site = known.call.number,
+                               .execution = run.run_id - known.call.first_run};
+    const bool is_awaited =
+        std::ranges::any_of(run.process_of, [&](std::int32_t process) {
+          return pending.host->IsIn(process, run.process_of, run.group, name);
+        });
+    if (is_awaited) return known.call;
+  }
+  return std::nullopt;
+}
+
+// Two calls of one kind in one program cannot be told apart from here.
+bool FirstRuns::IsAmbiguous(const Pending& pending) const {
+  const auto same = [&](const Pending& other) {
+    return other.run.kind == pending.run.kind && other.run.group == pending.run.group &&
+           other.run.site != pending.run.site;
+  };
+  if (std::ranges::any_of(pending_, same)) return true;
+  const auto found = known_.find(pending.run.group);
+  if (found == known_.end()) return false;
+  std::vector<std::int64_t> runs;
+  for (const Known& known : found->second) {
+    if (known.kind == pending.run.kind) runs.push_back(known.call.first_run);
+  }
+  std::ranges::sort(runs);
+  return std::ranges::adjacent_find(runs) != runs.end();
+}
+
+std::string FirstRuns::Describe(const Pending& pending,
+                                const std::vector<std::int32_t>& missing) {
+  const FirstRun& run = pending.run;
+  std::string processes;
+  std::int32_t last = -1;
+  for (const std::int32_t rank : missing) {
+    const std::int32_t process = run.process_of[static_cast<std::size_t>(rank)];
+    if (process == last) continue;
+    processes += (last < 0 ? " of process " : ", ") + std::to_string(process);
+    last = process;
+  }
+  return run.call + ": rank " + std::to_string(run.rank) + " of " +
+         std::to_string(run.process_of.size()) +
+         " gave up, because it runs this call for the first time since it was "
+         "compiled, and " +
+         RankList(missing) + processes + " did not do so within " +
+         Seconds(pending.timeout);
+}
+
+}  // namespace jax_ep

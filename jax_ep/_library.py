@@ -1,0 +1,139 @@
+"""The native libraries: loads them, registers their handlers, says what they are."""
+
+import ctypes
+import functools
+import pathlib
+import threading
+import warnings
+
+import jax
+
+from jax_ep._compat import ffi_minor_version
+from jax_ep._ops import OPS
+from jax_ep._types import Platform
+
+_FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
+_FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
+_register_lock = threading.Lock()
+
+
+def library_path(platform: Platform) -> pathlib.Path:
+    """Returns where a platform's native library is expected: next to this file."""
+    return pathlib.Path(__file__).with_name(_FILES[platform])
+
+
+@functools.cache
+def library(platform: Platform) -> ctypes.CDLL:
+    """Loads a platform's library."""
+    loaded = ctypes.CDLL(str(library_path(platform)))
+    loaded.jax_ep_ffi_minor_version.restype = ctypes.c_int
+    if platform == "gpu":
+        loaded.jax_ep_cuda_version.restype = ctypes.c_int
+        loaded.jax_ep_max_topk.restype = ctypes.c_int64
+        loaded.jax_ep_plan_workspace.restype = ctypes.c_int64
+        loaded.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
+        return loaded
+    loaded.jax_ep_instruction_set.restype = ctypes.c_char_p
+    loaded.jax_ep_wait_timeout.restype = ctypes.c_double
+    loaded.jax_ep_set_wait_timeout.restype = ctypes.c_double
+    loaded.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
+    loaded.jax_ep_call_site_type_id.restype = ctypes.c_void_p
+    loaded.jax_ep_call_site_type_info.restype = ctypes.c_void_p
+    return loaded
+
+
+@functools.cache
+def library_problem(platform: Platform) -> str | None:
+    """Returns why a platform's library cannot be used, or None."""
+    if not library_path(platform).exists():
+        return (
+            f"the native library is not built: there is no {_FILES[platform]} next to "
+            "jax_ep's modules"
+        )
+    try:
+        built = library(platform).jax_ep_ffi_minor_version()
+    except (OSError, AttributeError) as error:
+        return f"the native library does not load: {error}"
+    if built > (runs := ffi_minor_version()):
+        return f"the native library needs XLA FFI 0.{built}, and this jaxlib has 0.{runs}"
+    return None
+
+
+def describe(platform: Platform) -> dict[str, str]:
+    """Returns what a platform's library says of itself."""
+    loaded = library(platform)
+    info = {
+        "path": str(library_path(platform)),
+        "ffi_version": f"0.{loaded.jax_ep_ffi_minor_version()}",
+    }
+    if platform == "cpu":
+        info["instruction_set"] = loaded.jax_ep_instruction_set().decode()
+    else:
+        version = loaded.jax_ep_cuda_version()
+        info["cuda_version"] = f"{version // 1000}.{version % 1000 // 10}"
+    return info
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Warns that pure JAX takes the place of native code, once for each reason."""
+    warnings.warn(f"jax_ep uses implementation='xla': {reason}.", RuntimeWarning, stacklevel=3)
+
+
+def register() -> None:
+    """Makes native code known to XLA, for programs that were compiled or exported elsewhere.
+
+    A program that calls ``jax_ep`` needs nothing of the kind. A process that loads an exported
+    program or a serialized executable calls this first; it traces and compiles nothing, and may be
+    called any number of times. It starts JAX's backends.
+
+    Raises:
+      NotImplementedError: there is no native library for this process's devices.
+
+    Example:
+      >>> import jax_ep
+      >>> jax_ep.register()
+    """
+    platforms = {device.platform for device in jax.local_devices()} | {"cpu"}
+    usable = [p for p in _FILES if p in platforms and library_problem(p) is None]
+    if not usable:
+        raise NotImplementedError(str(library_problem("cpu")))
+    for platform in usable:
+        register_handlers(platform)
+
+
+def register_handlers(platform: Platform) -> None:
+    """Registers a library's handlers with XLA, if they are not yet."""
+    with _register_lock:
+        _register_once(platform)
+
+
+@functools.cache
+def _register_once(platform: Platform) -> None:
+    # A state type that is registered before the client exists breaks the client's start.
+    jax.devices(platform)
+    loaded = library(platform)
+    for op in OPS:
+        _register_target(platform, f"jax_ep_{op}_stacked", f"jax_ep_{op}_stacked")
+    if platform == "gpu":
+        return
+    loaded.jax_ep_set_process(jax.process_index())
+    jax.ffi.register_ffi_type(
+        "jax_ep_call_site",
+        {
+            "type_id": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_id()),
+            "type_info": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_info()),
+        },
+        platform="cpu",
+    )
+    roll_call = {"instantiate": "jax_ep_new_call_site", "execute": "jax_ep_roll_call"}
+    _register_target(platform, "jax_ep_roll_call", roll_call)
+    for op in OPS:
+        stages = {"instantiate": "jax_ep_new_call_site", "execute": f"jax_ep_{op}_devices"}
+        _register_target(platform, f"jax_ep_{op}_devices", stages)
+
+
+def _register_target(platform: Platform, name: str, symbols: str | dict[str, str]) -> None:
+    loaded = library(platform)
+    target = jax.tree.map(lambda symbol: jax.ffi.pycapsule(getattr(loaded, symbol)), symbols)
+    jax.ffi.register_ffi_target(name, target, platform=_FFI_PLATFORMS[platform])
