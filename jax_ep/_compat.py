@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import core, distributed
+from jax._src import core, dispatch, distributed
+from jax._src.mesh import get_concrete_mesh
 from jax.extend.core import Primitive as Primitive
 
 
@@ -48,6 +49,20 @@ def trace_platform() -> str:
     return (
         default if isinstance(default, str) else getattr(default, "platform", jax.default_backend())
     )
+
+
+def lower_for_devices(primitive: Primitive) -> None:
+    """Has JAX lower programs with a primitive anew for other devices, where it would share one.
+
+    They cannot be lowered without devices then.
+    """
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def has_context_devices() -> bool:
+    """Tells whether devices were set along with the mesh in context."""
+    mesh = get_concrete_mesh()
+    return mesh is not None and not mesh.empty
 
 
 def concrete_mesh(ctx: Any) -> Any | None:

@@ -14,15 +14,18 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
 from jax_ep._axes import Place
-from jax_ep._compat import Primitive, result_type, vary_together
+from jax_ep._compat import (
+    Primitive,
+    has_context_devices,
+    lower_for_devices,
+    result_type,
+    vary_together,
+)
 from jax_ep._layout import Layout
 from jax_ep._lowering import register_lowerings
 from jax_ep._ops import Op, result_shapes, transposed
 from jax_ep._plan import PlanArrays, Route
 from jax_ep._types import Binding
-
-exchange_p = Primitive("jax_ep_exchange")
-exchange_p.multiple_results = True
 
 # Before the payloads come the place and, but for the plan itself, the route.
 _NUM_FIXED = len(Place._fields) + len(Route._fields)
@@ -67,7 +70,15 @@ def _bind(*operands: jax.Array, layout: Layout, **params: Any) -> list[jax.Array
     # Results vary over the mesh as what is exchanged does, wherever that is done.
     num_places = len(Place._fields)
     varying = vary_together(operands[num_places:])
-    return exchange_p.bind(*operands[:num_places], *varying, layout=_readable(layout), **params)
+    return _primitive(params["binding"]).bind(
+        *operands[:num_places], *varying, layout=_readable(layout), **params
+    )
+
+
+def _primitive(binding: str) -> Primitive:
+    # What jax.set_mesh has set is no part of a trace, and one trace serves all meshes of a shape.
+    devices_matter = binding == "mesh" and has_context_devices()
+    return _device_exchange_p if devices_matter else _exchange_p
 
 
 def _readable(layout: Layout) -> Layout:
@@ -79,7 +90,6 @@ def _payload_index(op: Op) -> int:
     return len(Place._fields) if op == "plan" else _NUM_FIXED
 
 
-@exchange_p.def_impl
 def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
     with jax.disable_jit(False):  # It runs compiled or not at all.
         return _compiled(layout=_readable(layout), **params)(*operands)
@@ -87,10 +97,9 @@ def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
 
 @functools.lru_cache(maxsize=512)
 def _compiled(**params: Any) -> Any:
-    return jax.jit(functools.partial(exchange_p.bind, **params))
+    return jax.jit(functools.partial(_primitive(params["binding"]).bind, **params))
 
 
-@exchange_p.def_abstract_eval
 def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:
     payload, stack = operands[_payload_index(op)], operands[0].shape
     return [
@@ -116,7 +125,7 @@ def _batch(
             "jax.vmap has the same axis_name."
         )
     if all(dim is None for dim in dims):
-        out = exchange_p.bind(*operands, **params)
+        out = _primitive(binding).bind(*operands, **params)
         return out, [None] * len(out)
     operands = [
         x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
@@ -126,7 +135,7 @@ def _batch(
             jnp.broadcast_to(x, (axis.size, *x.shape)) if dim is None else x
             for x, dim in zip(operands, dims, strict=True)
         ]
-        out = exchange_p.bind(*whole, **params | {"binding": "stacked"})
+        out = _exchange_p.bind(*whole, **params | {"binding": "stacked"})
     else:
         out = _one_by_one(operands, dims, params)
     return out, [0] * len(out)
@@ -141,25 +150,24 @@ def _one_by_one(
     def body(mapped: list[jax.Array]) -> list[jax.Array]:
         rest = iter(mapped)
         merged = [x if dim is None else next(rest) for x, dim in zip(operands, dims, strict=True)]
-        return exchange_p.bind(*merged, **params)
+        return _primitive(params["binding"]).bind(*merged, **params)
 
     return jax.lax.map(body, mapped)
 
 
 def _jvp(
-    primals: list[Any], tangents: list[Any], *, op: Op, call: str, **params: Any
+    primals: list[Any], tangents: list[Any], *, op: Op, binding: str, call: str, **params: Any
 ) -> tuple[list[jax.Array], list[Any]]:
-    out = exchange_p.bind(*primals, op=op, call=call, **params)
-    if op == "plan":
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+    bind = functools.partial(_primitive(binding).bind, op=op, binding=binding, **params)
+    out = bind(*primals, call=call)
+    payloads = range(_payload_index(op), len(primals))
     terms = []
-    for i in range(_NUM_FIXED, len(primals)):
-        if isinstance(tangents[i], ad.Zero):
-            continue
-        operands = [*primals[:i], tangents[i], *primals[i + 1 :]]
-        terms += exchange_p.bind(*operands, op=op, call=_derived(call, "derivative"), **params)
+    for i in payloads:
+        if not isinstance(tangents[i], ad.Zero):
+            operands = [*primals[:i], tangents[i], *primals[i + 1 :]]
+            terms += bind(*operands, call=_derived(call, "derivative"))
     if not terms:
-        return out, [ad.Zero.from_primal_value(out[0])]
+        return out, [ad.Zero.from_primal_value(x) for x in out]
     return out, [functools.reduce(ad.add_jaxvals, terms)]
 
 
@@ -192,7 +200,18 @@ def _derived(call: str, how: str) -> str:
     return call if call.endswith(gradient) else f"{call.removesuffix(' (derivative)')} ({how})"
 
 
-batching.fancy_primitive_batchers[exchange_p] = _batch
-ad.primitive_jvps[exchange_p] = _jvp
-ad.primitive_transposes[exchange_p] = _transpose
-register_lowerings(exchange_p)
+def _new_primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(_impl)
+    primitive.def_abstract_eval(_abstract_eval)
+    batching.fancy_primitive_batchers[primitive] = _batch
+    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_transposes[primitive] = _transpose
+    register_lowerings(primitive)
+    return primitive
+
+
+_exchange_p = _new_primitive("jax_ep_exchange")
+_device_exchange_p = _new_primitive("jax_ep_device_exchange")
+lower_for_devices(_device_exchange_p)

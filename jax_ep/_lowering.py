@@ -20,7 +20,7 @@ _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "cuda"}
 
 
 def register_lowerings(primitive: Any) -> None:
-    """Says how the exchange is lowered on every platform."""
+    """Says how an exchange is lowered on every platform."""
     for platform, name in _FFI_PLATFORMS.items():
         rule = functools.partial(_lower, platform)
         mlir.register_lowering(primitive, rule, platform=name, cacheable=False)

@@ -321,6 +321,28 @@ def test_other_axes_left_to_the_compiler(implementation: str) -> None:
         close(program(x, *flat_args(problem)[1:]), flat_answers(problem)[0])
 
 
+def test_one_program_under_meshes_of_other_devices(implementation: str) -> None:
+    """JAX shares a trace between meshes of one shape; what knows devices must not be shared."""
+    topk_idx = np.random.default_rng(0).integers(0, 16, (32, 2)).astype(np.int32)
+    x = np.arange(32 * 3, dtype=np.float32).reshape(32, 3)
+
+    def per_rank(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
+        plan = jax_ep.make_plan(
+            topk_idx, num_experts=16, axis_name=AXIS, implementation=implementation
+        )
+        return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
+
+    @jax.jit
+    def program(*args: jax.Array) -> jax.Array:
+        return jax.shard_map(per_rank, in_specs=P(AXIS), out_specs=P(AXIS))(*args)
+
+    for order in (range(8), range(7, -1, -1), (3, 1, 2, 0, 7, 6, 5, 4)):
+        devices = [jax.devices()[i] for i in order]
+        mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+        with jax.set_mesh(mesh):
+            np.testing.assert_array_equal(program(topk_idx, x), 2 * x)
+
+
 def test_mesh_from_the_context(implementation: str) -> None:
     require(implementation)
     mesh = make_mesh(EXPLICIT, data=2, expert=R)
