@@ -328,17 +328,17 @@ def test_one_program_under_meshes_of_other_devices(implementation: str) -> None:
 
     def per_rank(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
         plan = jax_ep.make_plan(
-            topk_idx, num_experts=16, axis_name=AXIS, implementation=implementation
+            topk_idx, num_experts=16, axis_name="expert", implementation=implementation
         )
         return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
 
     @jax.jit
     def program(*args: jax.Array) -> jax.Array:
-        return jax.shard_map(per_rank, in_specs=P(AXIS), out_specs=P(AXIS))(*args)
+        return jax.shard_map(per_rank, in_specs=P("expert"), out_specs=P("expert"))(*args)
 
     for order in (range(8), range(7, -1, -1), (3, 1, 2, 0, 7, 6, 5, 4)):
         devices = [jax.devices()[i] for i in order]
-        mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+        mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=devices)
         with jax.set_mesh(mesh):
             np.testing.assert_array_equal(program(topk_idx, x), 2 * x)
 

@@ -23,10 +23,10 @@ const float* ReadWeights(CallReader& reader, std::int64_t choices) {
 // rows, and the geometry. Returns the type of the rows, if they are sound.
 template <typename Args>
 std::optional<DataType> ReadPulledRows(CallReader& reader, Args& args) {
+  args.num_ranks = reader.Attribute("num_ranks");
   args.num_tokens = reader.Attribute("num_tokens");
   args.num_topk = reader.Attribute("num_topk");
-  args.num_local_experts =
-      reader.Attribute("num_experts") / reader.Attribute("num_ranks");
+  args.num_local_experts = reader.Attribute("num_experts") / args.num_ranks;
   args.capacity = reader.Attribute("capacity");
   const Tensor rows = reader.Operand("rows", 2);
   if (reader.failed()) return std::nullopt;

@@ -5,8 +5,14 @@
 
 #include "common/dtype.h"
 #include "common/peer_table.h"
+#include "common/plan_bounds.h"
 
 namespace jax_ep {
+
+class PlanFault;
+
+// In place of a token: there is none.
+inline constexpr std::int32_t kNoToken = -1;
 
 // One rank pulls the tokens of its received choices from their source ranks into its
 // rows: `dispatch`, and, scaled by the choices' weights, the gradient of `combine`.
@@ -26,9 +32,10 @@ struct GatherRowsArgs {
   std::int64_t capacity;
   std::int64_t hidden;
   std::int64_t row_bytes;
-  DType dtype;     // of x and rows; read only if scaled
-  bool scaled;     // whether rows are scaled by weights, or plain copies
-  bool zero_tail;  // whether to zero the rows past the last group
+  DType dtype;                 // of x and rows; read only if scaled
+  bool scaled;                 // whether rows are scaled by weights, or plain copies
+  bool zero_tail;              // whether to zero the rows past the last group
+  PlanFault* fault = nullptr;  // or null; of use on the CPU alone
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {
@@ -40,6 +47,13 @@ struct GatherRowsArgs {
     args.recv_counts += i * num_ranks;
     args.rows = static_cast<char*>(rows) + i * capacity * row_bytes;
     return args;
+  }
+
+  // The token that an entry of the receive list asks for, numbered through all ranks.
+  EP_HOST_DEVICE std::int32_t TokenOf(std::int64_t entry) const {
+    const std::int32_t choice = recv_choice[entry];
+    if (!IsIndex(choice, num_ranks * num_tokens * num_topk)) return kNoToken;
+    return choice / static_cast<std::int32_t>(num_topk);
   }
 
   EP_HOST_DEVICE std::int64_t NumReceived() const {

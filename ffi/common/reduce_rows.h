@@ -8,6 +8,8 @@
 
 namespace jax_ep {
 
+class PlanFault;
+
 // One rank pulls its tokens' rows from the ranks of their experts and adds them up:
 // `combine`, and, with unit weights, the gradient of `dispatch`.
 struct ReduceRowsArgs {
@@ -16,12 +18,14 @@ struct ReduceRowsArgs {
   const std::int32_t* topk_idx;  // [num_tokens, num_topk]
   const std::int32_t* send_row;  // [num_tokens, num_topk], kDropped: leave out
   void* out;                     // [num_tokens, hidden]
+  std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
   std::int64_t num_local_experts;
   std::int64_t capacity;
   std::int64_t hidden;
-  DType dtype;  // of rows and out
+  DType dtype;                 // of rows and out
+  PlanFault* fault = nullptr;  // or null; of use on the CPU alone
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {

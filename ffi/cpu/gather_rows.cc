@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/output_pages.h"
+#include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
 namespace jax_ep {
@@ -25,23 +26,35 @@ std::int64_t UsedRows(const GatherRowsArgs& args) {
   return used;
 }
 
-// Where a received choice's token and weight are.
-struct Source {
-  std::int64_t rank;
-  std::int64_t token;
-};
-
-Source SourceOf(const GatherRowsArgs& args, std::int64_t entry) {
-  const std::int64_t token = args.recv_choice[entry] / args.num_topk;
-  return {.rank = token / args.num_tokens, .token = token % args.num_tokens};
+// Returns what is wrong with the numbers on which the cut into chunks rests, or null.
+const char* FindFault(const GatherRowsArgs& args) {
+  if (!AreCounts(args.recv_counts, args.num_ranks, args.capacity)) {
+    return kBadRecvCounts;
+  }
+  if (!AreCounts(args.group_sizes, args.num_local_experts, args.capacity)) {
+    return "group_sizes holds a negative number, or adds up to more than capacity";
+  }
+  for (std::int64_t i = 0; i < args.num_local_experts; ++i) {
+    if (args.group_rows[i] < 0 || args.group_rows[i] > args.group_sizes[i]) {
+      return "group_rows holds a number outside [0, group_sizes]";
+    }
+  }
+  return nullptr;
 }
 
-bool SameToken(const GatherRowsArgs& args, std::int64_t a, std::int64_t b) {
-  return args.recv_choice[a] / args.num_topk == args.recv_choice[b] / args.num_topk;
+constexpr char kBadRecvChoice[] =
+    "recv_choice holds a choice outside [0, num_ranks * num_tokens * num_topk)";
+
+const char* TokenRow(const GatherRowsArgs& args, std::int32_t token) {
+  const void* x = args.x[token / args.num_tokens];
+  return static_cast<const char*>(x) + token % args.num_tokens * args.row_bytes;
 }
 
-const char* TokenRow(const GatherRowsArgs& args, Source source) {
-  return static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes;
+void AppendRow(const GatherRowsArgs& args, std::int64_t entry,
+               std::vector<void*>& rows) {
+  const std::int32_t row = args.recv_row[entry];
+  if (!IsIndex(row, args.capacity)) return NoteFault(args.fault, kBadRecvRow);
+  rows.push_back(Row(args, row));
 }
 
 // Entries [begin, end) of the receive list, from the first whose token does not already
@@ -52,17 +65,27 @@ void CopyTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end
   const std::int64_t num_received = args.NumReceived();
   std::vector<void*> targets;
   std::int64_t i = begin;
-  while (i < end && i > 0 && SameToken(args, i, i - 1)) ++i;
+  std::int32_t next = args.TokenOf(begin);
+  if (begin > 0 && args.TokenOf(begin - 1) == next) {
+    while (i < end && args.TokenOf(i) == next) ++i;
+    if (i < end) next = args.TokenOf(i);
+  }
   while (i < end) {
-    const char* token = TokenRow(args, SourceOf(args, i));
+    const std::int32_t token = next;
     targets.clear();
-    const std::int64_t first = i;
     do {
-      targets.push_back(Row(args, args.recv_row[i++]));
-    } while (i < num_received && SameToken(args, i, first));
-    if (i < end) math.prefetch(TokenRow(args, SourceOf(args, i)), args.row_bytes);
-    math.copy(token, targets.data(), static_cast<std::int64_t>(targets.size()),
-              args.row_bytes, stream);
+      AppendRow(args, i++, targets);
+      next = i < num_received ? args.TokenOf(i) : kNoToken;
+    } while (i < num_received && next == token);
+    if (i < end && next != kNoToken) {
+      math.prefetch(TokenRow(args, next), args.row_bytes);
+    }
+    if (token == kNoToken) {
+      NoteFault(args.fault, kBadRecvChoice);
+      continue;
+    }
+    math.copy(TokenRow(args, token), targets.data(),
+              static_cast<std::int64_t>(targets.size()), args.row_bytes, stream);
   }
   math.fence();
 }
@@ -70,11 +93,17 @@ void CopyTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end
 void ScaleTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end) {
   const RowMath& math = BestRowMath();
   for (std::int64_t i = begin; i < end; ++i) {
-    const Source source = SourceOf(args, i);
-    const auto* weights = static_cast<const float*>(args.weights[source.rank]);
-    const std::int64_t k = args.recv_choice[i] % args.num_topk;
-    math.scale(args.dtype, TokenRow(args, source),
-               weights[source.token * args.num_topk + k], Row(args, args.recv_row[i]),
+    const std::int32_t token = args.TokenOf(i);
+    const std::int32_t row = args.recv_row[i];
+    if (token == kNoToken || !IsIndex(row, args.capacity)) {
+      NoteFault(args.fault, token == kNoToken ? kBadRecvChoice : kBadRecvRow);
+      continue;
+    }
+    const std::int64_t rank = token / args.num_tokens;
+    const auto* weights = static_cast<const float*>(args.weights[rank]);
+    const std::int64_t own =
+        args.recv_choice[i] - rank * args.num_tokens * args.num_topk;
+    math.scale(args.dtype, TokenRow(args, token), weights[own], Row(args, row),
                args.hidden);
   }
 }
@@ -113,6 +142,10 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
 }  // namespace
 
 Work GatherRowsWork(const GatherRowsArgs& args) {
+  if (const char* what = FindFault(args)) {
+    NoteFault(args.fault, what);
+    return {};
+  }
   PrepareOutputPages(args.rows, args.capacity * args.row_bytes);
   const std::int64_t step = RowsPerChunk(args);
   const std::int64_t tail = args.zero_tail ? args.capacity - UsedRows(args) : 0;

@@ -1,8 +1,11 @@
 #include "cpu/publish_rows.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "cpu/output_pages.h"
 #include "cpu/row_math.h"
@@ -43,7 +46,43 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
   CopyEntries(args, begin, std::min(begin + step, args.NumEntries()));
 }
 
+// The entries of ranks elsewhere in the receive list.
+std::vector<std::pair<std::int64_t, std::int64_t>> RangesOf(
+    const std::int32_t* recv_counts, const std::vector<bool>& is_elsewhere) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
+  std::int64_t end = 0;
+  for (std::size_t rank = 0; rank < is_elsewhere.size(); ++rank) {
+    const std::int64_t begin = end;
+    end += recv_counts[rank];
+    if (begin == end || !is_elsewhere[rank]) continue;
+    if (!ranges.empty() && ranges.back().second == begin) {
+      ranges.back().second = end;
+    } else {
+      ranges.emplace_back(begin, end);
+    }
+  }
+  return ranges;
+}
+
 }  // namespace
+
+void KeepPulledRows(const std::int32_t* recv_row, const std::int32_t* recv_counts,
+                    const std::vector<bool>& is_elsewhere, PlanFault* fault,
+                    PublishRowsArgs& args) {
+  const auto num_ranks = static_cast<std::int64_t>(is_elsewhere.size());
+  if (!AreCounts(recv_counts, num_ranks, args.num_rows)) {
+    return NoteFault(fault, kBadRecvCounts);
+  }
+  auto ranges = RangesOf(recv_counts, is_elsewhere);
+  for (const auto& [begin, end] : ranges) {
+    const bool are_rows = std::all_of(recv_row + begin, recv_row + end, [&](auto row) {
+      return IsIndex(row, args.num_rows);
+    });
+    if (!are_rows) return NoteFault(fault, kBadRecvRow);
+  }
+  args.rows = recv_row;
+  args.ranges = std::move(ranges);
+}
 
 Work PublishRowsWork(const PublishRowsArgs& args) {
   // The first chunk copies the second buffer, even if there are no rows.

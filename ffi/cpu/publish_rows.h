@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/plan_fault.h"
 #include "cpu/work.h"
 
 namespace jax_ep {
@@ -29,6 +30,15 @@ struct PublishRowsArgs {
     return sum;
   }
 };
+
+// Has a publication of all rows leave out those that only ranks of this process pull,
+// as the plan says; `is_elsewhere` tells which do not, [num_ranks]. A plan that names
+// rows which are none, which is noted, leaves out nothing: peers find theirs all the
+// same.
+void KeepPulledRows(const std::int32_t* recv_row,     // [num_rows]
+                    const std::int32_t* recv_counts,  // [num_ranks]
+                    const std::vector<bool>& is_elsewhere, PlanFault* fault,
+                    PublishRowsArgs& args);
 
 // Returns the work. `args` is read when it runs and must live until then.
 Work PublishRowsWork(const PublishRowsArgs& args);

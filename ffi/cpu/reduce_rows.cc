@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/plan.h"
+#include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
 namespace jax_ep {
@@ -21,8 +21,11 @@ std::int64_t ListTerms(const ReduceRowsArgs& args, std::int64_t t, ReduceTerm* t
   std::int64_t count = 0;
   for (std::int64_t k = 0; k < args.num_topk; ++k) {
     const std::int64_t choice = t * args.num_topk + k;
+    if (!HasRow(args, choice)) {
+      NoteMissingRow(args, choice);
+      continue;
+    }
     const std::int32_t row = args.send_row[choice];
-    if (row == kDropped) continue;
     const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
     const ReduceTerm term = {
         .row = static_cast<const char*>(args.rows[rank]) + row * row_bytes,

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/plan.h"
+#include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
 namespace jax_ep {
@@ -21,11 +21,12 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
   const std::int64_t end = std::min(begin + TokensPerChunk(args), args.num_tokens);
   for (std::int64_t choice = begin * args.num_topk; choice < end * args.num_topk;
        ++choice) {
-    const std::int32_t row = args.send_row[choice];
-    if (row == kDropped) {
+    if (!HasRow(args, choice)) {
+      NoteMissingRow(args, choice);
       args.dots[choice] = 0;
       continue;
     }
+    const std::int32_t row = args.send_row[choice];
     const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
     const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
     const char* b =

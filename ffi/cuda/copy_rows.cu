@@ -14,9 +14,9 @@ inline constexpr int kLoadsInFlight = sizeof(Unit) >= 4 ? 8 : 4;
 // Copies one token to the rows of entries [first, end) of the receive list, by one
 // warp. It is read once, however many rows want it.
 template <typename Unit>
-__device__ void CopyToken(const GatherRowsArgs& args, std::int64_t first,
-                          std::int64_t end) {
-  const Source source = SourceOf(args, args.recv_choice[first]);
+__device__ void CopyToken(const GatherRowsArgs& args, std::int32_t token,
+                          std::int64_t first, std::int64_t end) {
+  const Source source = SourceOf(args, token);
   const auto* from = reinterpret_cast<const Unit*>(
       static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes);
   const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
@@ -29,20 +29,16 @@ __device__ void CopyToken(const GatherRowsArgs& args, std::int64_t first,
         held[i] = LoadPeer(from + begin + i * kWarpSize);
     }
     for (std::int64_t entry = first; entry < end; ++entry) {
-      auto* to = reinterpret_cast<Unit*>(static_cast<char*>(args.rows) +
-                                         args.recv_row[entry] * args.row_bytes);
+      const std::int32_t row = args.recv_row[entry];
+      if (!IsIndex(row, args.capacity)) continue;
+      auto* to =
+          reinterpret_cast<Unit*>(static_cast<char*>(args.rows) + row * args.row_bytes);
 #pragma unroll
       for (int i = 0; i < kLoadsInFlight<Unit>; ++i) {
         if (begin + i * kWarpSize < units) to[begin + i * kWarpSize] = held[i];
       }
     }
   }
-}
-
-__device__ bool IsSameToken(const GatherRowsArgs& args, std::int64_t a,
-                            std::int64_t b) {
-  const auto topk = static_cast<std::int32_t>(args.num_topk);
-  return args.recv_choice[a] / topk == args.recv_choice[b] / topk;
 }
 
 // A rank's warps share the receive list; each takes the
@@ -53,10 +49,12 @@ __global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs fir
   const Received received = ReceivedBy(args);
   for (std::int64_t entry = WarpOfRank(); entry < received.entries;
        entry += WarpsOfRank()) {
-    if (entry > 0 && IsSameToken(args, entry, entry - 1)) continue;
+    const std::int32_t token = args.TokenOf(entry);
+    if (token == kNoToken) continue;
+    if (entry > 0 && args.TokenOf(entry - 1) == token) continue;
     std::int64_t end = entry + 1;
-    while (end < received.entries && IsSameToken(args, entry, end)) ++end;
-    CopyToken<Unit>(args, entry, end);
+    while (end < received.entries && args.TokenOf(end) == token) ++end;
+    CopyToken<Unit>(args, token, entry, end);
   }
   ZeroUnfilled<Unit>(args, received.rows);
 }

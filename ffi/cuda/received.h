@@ -8,11 +8,15 @@
 
 namespace jax_ep {
 
-// How much of one rank's receive list and rows is in use.
+// How much of one rank's receive list and rows is in use: at most what there is.
 struct Received {
   std::int64_t entries;
   std::int64_t rows;
 };
+
+__device__ inline std::int64_t Clamp(std::int64_t value, std::int64_t highest) {
+  return value < 0 ? 0 : value < highest ? value : highest;
+}
 
 // Called by all threads of a block.
 __device__ inline Received ReceivedBy(const GatherRowsArgs& args) {
@@ -20,24 +24,23 @@ __device__ inline Received ReceivedBy(const GatherRowsArgs& args) {
   if (WarpInBlock() == 0) {
     const std::int64_t entries = WarpTotal(args.recv_counts, args.num_ranks);
     const std::int64_t rows = WarpTotal(args.group_sizes, args.num_local_experts);
-    if (Lane() == 0) received = {entries, rows};
+    if (Lane() == 0) {
+      received = {Clamp(entries, args.capacity), Clamp(rows, args.capacity)};
+    }
   }
   __syncthreads();
   return received;
 }
 
-// Where a choice's token and weight are.
+// Whose token it is, and which of theirs.
 struct Source {
   std::int64_t rank;
   std::int64_t token;
-  std::int64_t k;
 };
 
-__device__ inline Source SourceOf(const GatherRowsArgs& args, std::int32_t choice) {
-  const auto topk = static_cast<std::int32_t>(args.num_topk);
+__device__ inline Source SourceOf(const GatherRowsArgs& args, std::int32_t token) {
   const auto tokens = static_cast<std::int32_t>(args.num_tokens);
-  const std::int32_t token = choice / topk;
-  return {token / tokens, token % tokens, choice % topk};
+  return {token / tokens, token % tokens};
 }
 
 // Zeroes a row, by one warp.
@@ -59,8 +62,10 @@ __device__ inline void ZeroUnfilled(const GatherRowsArgs& args,
   for (std::int64_t e = warp; e < args.num_local_experts; e += warps) {
     if (args.group_rows[e] == args.group_sizes[e]) continue;
     const std::int64_t start = WarpTotal(args.group_sizes, e);
-    for (std::int64_t i = args.group_rows[e]; i < args.group_sizes[e]; ++i) {
-      ZeroRow<Unit>(args, start + i);
+    const std::int64_t end = Clamp(start + args.group_sizes[e], args.capacity);
+    for (std::int64_t row = Clamp(start + args.group_rows[e], args.capacity); row < end;
+         ++row) {
+      ZeroRow<Unit>(args, row);
     }
   }
   if (!args.zero_tail) return;

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/plan.h"
+#include "common/plan_bounds.h"
 #include "cuda/device.h"
 #include "cuda/elements.h"
 #include "cuda/reduce_rows.h"
@@ -23,22 +23,22 @@ struct Terms {
 __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& terms) {
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const auto topk = static_cast<int>(args.num_topk);
-  const std::int32_t* expert = args.topk_idx + t * args.num_topk;
-  const std::int32_t* row = args.send_row + t * args.num_topk;
+  const std::int64_t first = t * args.num_topk;
+  const std::int32_t* expert = args.topk_idx + first;
   const auto local = static_cast<std::int32_t>(args.num_local_experts);
   int count = 0;
   for (int k = Lane(); k < topk; k += kWarpSize) {
-    if (row[k] == kDropped) continue;
+    if (!HasRow(args, first + k)) continue;
     const std::int32_t rank = expert[k] / local;
     int place = 0;
     for (int j = 0; j < topk; ++j) {
-      if (row[j] == kDropped) continue;
+      if (!HasRow(args, first + j)) continue;
       const std::int32_t other = expert[j] / local;
       place += other < rank || (other == rank && j < k) ? 1 : 0;
     }
-    terms.row[place] = static_cast<const char*>(args.rows[rank]) + row[k] * row_bytes;
-    terms.weight[place] =
-        args.weights == nullptr ? 1.0F : args.weights[t * args.num_topk + k];
+    terms.row[place] = static_cast<const char*>(args.rows[rank]) +
+                       args.send_row[first + k] * row_bytes;
+    terms.weight[place] = args.weights == nullptr ? 1.0F : args.weights[first + k];
     terms.rank[place] = rank;
     ++count;
   }

@@ -1,6 +1,6 @@
 #include <cstdint>
 
-#include "common/plan.h"
+#include "common/plan_bounds.h"
 #include "cuda/device.h"
 #include "cuda/elements.h"
 #include "cuda/row_dots.h"
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) 
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t choices = args.num_tokens * args.num_topk;
   for (std::int64_t choice = WarpOfRank(); choice < choices; choice += WarpsOfRank()) {
-    const std::int32_t row = args.send_row[choice];
     float dot = 0;
-    if (row != kDropped) {
+    if (HasRow(args, choice)) {
+      const std::int32_t row = args.send_row[choice];
       const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
       const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
       const char* b =

@@ -12,13 +12,17 @@ namespace {
 template <typename E, int count>
 __device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
   using Sum = typename E::Sum;
-  const Source source = SourceOf(args, args.recv_choice[entry]);
+  const std::int32_t token = args.TokenOf(entry);
+  const std::int32_t row = args.recv_row[entry];
+  if (token == kNoToken || !IsIndex(row, args.capacity)) return;
+  const Source source = SourceOf(args, token);
+  const auto k = args.recv_choice[entry] % static_cast<std::int32_t>(args.num_topk);
   const auto* weights = static_cast<const float*>(args.weights[source.rank]);
   const auto weight =
-      static_cast<Sum>(LoadPeer(weights + source.token * args.num_topk + source.k));
+      static_cast<Sum>(LoadPeer(weights + source.token * args.num_topk + k));
   const char* from =
       static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes;
-  char* to = static_cast<char*>(args.rows) + args.recv_row[entry] * args.row_bytes;
+  char* to = static_cast<char*>(args.rows) + row * args.row_bytes;
 #pragma unroll 4
   for (std::int64_t h = Lane() * count; h < args.hidden; h += kWarpSize * count) {
     Elements<E, count> elements = LoadElements<E, count>(from, h);

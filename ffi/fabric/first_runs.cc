@@ -36,14 +36,14 @@ void FirstRuns::Await(Host& host, FirstRun run, Told told) {
   }
   const auto timeout = timeout_();
   const std::scoped_lock lock(mutex_);
-  pending_.push_back({.host = &host,
-                      .run = std::move(run),
-                      .told = std::move(told),
-                      .turn = *turn,
-                      .deadline = Clock::now() +
-                                  std::chrono::duration_cast<Clock::duration>(
+  pending_.push_back(
+      {.host = &host,
+       .run = std::move(run),
+       .told = std::move(told),
+       .turn = *turn,
+       .deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                       std::min(timeout, kLongestWait)),
-                      .timeout = timeout});
+       .timeout = timeout});
   if (!watcher_.joinable()) watcher_ = std::thread([this] { Watch(); });
   changed_.notify_all();
 }
@@ -106,7 +106,8 @@ std::optional<FirstRuns::Outcome> FirstRuns::Look(const Pending& pending) {
         pending.run.process_of[static_cast<std::size_t>(rank)]);
   });
   if (!ended && Clock::now() < pending.deadline) return std::nullopt;
-  return Outcome{.failure = Describe(pending, missing) + (ended ? "; one has ended" : "")};
+  return Outcome{.failure =
+                     Describe(pending, missing) + (ended ? "; one has ended" : "")};
 }
 
 // The ranks that have not begun as many first runs as this one.

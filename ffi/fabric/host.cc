@@ -127,8 +127,9 @@ std::variant<std::unique_ptr<Host>, std::string> Host::Create(std::int32_t here,
                                                               Timeout timeout) {
   auto file = SharedFile::Create();
   if (auto* problem = std::get_if<std::string>(&file)) return *problem;
-  std::unique_ptr<Host> host(new Host(
-      here, std::move(std::get<std::unique_ptr<SharedFile>>(file)), std::move(timeout)));
+  std::unique_ptr<Host> host(
+      new Host(here, std::move(std::get<std::unique_ptr<SharedFile>>(file)),
+               std::move(timeout)));
   if (host->board_ == nullptr) return "a board of shared memory cannot be mapped";
   return host;
 }

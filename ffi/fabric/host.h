@@ -111,7 +111,7 @@ class Host {
   const Timeout timeout_;
   const std::int32_t here_;
 
-  std::mutex mutex_;  // guards all below
+  std::mutex mutex_;                                       // guards all below
   std::map<std::int32_t, std::unique_ptr<Other>> others_;  // stay for good
   std::size_t num_channels_ = 0;
   std::function<void(Phase, Epoch)> on_phase_;

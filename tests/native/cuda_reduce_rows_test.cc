@@ -20,6 +20,7 @@ ReduceRowsArgs Arguments(const StackedRanks& ranks, DType dtype, std::int64_t hi
           .topk_idx = ranks.topk_idx.data(),
           .send_row = ranks.send_row.data(),
           .out = nullptr,
+          .num_ranks = ranks.geometry.num_ranks,
           .num_tokens = ranks.geometry.num_tokens,
           .num_topk = ranks.geometry.num_topk,
           .num_local_experts = ranks.geometry.num_local_experts,

@@ -49,14 +49,16 @@ Group FindGroup(CallReader& reader, std::int32_t device) {
   const std::int32_t rank = *where.rank;
   reader.Require(rank >= 0 && rank < where.num_ranks, "a rank of these");
   const std::span<const std::int64_t> all = reader.List("members");
-  if (all.empty() || reader.failed()) return {.number = *where.group, .members = {}, .id = 0};
+  if (all.empty() || reader.failed())
+    return {.number = *where.group, .members = {}, .id = 0};
   const std::int64_t self = (static_cast<std::int64_t>(ProcessIndex()) << 32) | device;
   const auto found = std::ranges::find(all, self);
   const std::int64_t index = found - all.begin();
   if (found == all.end() || index % where.num_ranks != rank) {
-    reader.Fail(std::string(where.call) + ": the program was compiled for other devices than device " +
-                std::to_string(device) + " of process " + std::to_string(ProcessIndex()) +
-                " as rank " + std::to_string(rank));
+    reader.Fail(std::string(where.call) +
+                ": the program was compiled for other devices than device " +
+                std::to_string(device) + " of process " +
+                std::to_string(ProcessIndex()) + " as rank " + std::to_string(rank));
     return {};
   }
   const auto members = all.subspan(static_cast<std::size_t>(index - rank),
@@ -98,7 +100,8 @@ std::variant<std::shared_ptr<const Span>, std::string> CallSite::SpanOf(
 
 FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id) {
   const Whereabouts& where = reader.where();
-  FirstRun run = {.call = where.call, .kind = kHashSeed, .group = group.id, .run_id = run_id};
+  FirstRun run = {
+      .call = where.call, .kind = kHashSeed, .group = group.id, .run_id = run_id};
   if (reader.failed()) return run;
   for (const char* c = where.call; *c != '\0'; ++c) {
     run.kind = Mix(run.kind, static_cast<unsigned char>(*c));
@@ -149,10 +152,12 @@ ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
   const auto number = static_cast<std::int32_t>(site->number);
   const auto told = [said, number, promise](const FirstRuns::Outcome& outcome) mutable {
     if (outcome.failure) {
-      promise.SetError({ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *outcome.failure});
+      promise.SetError(
+          {ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *outcome.failure});
       return;
     }
-    *said = outcome.known ? static_cast<std::int32_t>(-2 - outcome.known->number) : number;
+    *said =
+        outcome.known ? static_cast<std::int32_t>(-2 - outcome.known->number) : number;
     promise.SetAvailable();
   };
   ProcessFirstRuns().Await(*ProcessHost(), std::move(first), told);

@@ -51,9 +51,10 @@ struct CallSite {
 
   // Where a device's rank meets its peers at this call, if they are not all in this
   // process: told by the roll call on the device's first run, and remembered.
-  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(
-      std::int32_t device, const FirstRun& run, const Group& group,
-      std::int32_t told);
+  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(std::int32_t device,
+                                                                const FirstRun& run,
+                                                                const Group& group,
+                                                                std::int32_t told);
 
   std::int64_t number;
 

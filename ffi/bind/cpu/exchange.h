@@ -13,6 +13,7 @@
 
 #include "bind/call_reader.h"
 #include "bind/cpu/call_site.h"
+#include "cpu/plan_fault.h"
 #include "cpu/publish_rows.h"
 #include "fabric/meeting.h"
 #include "fabric/work_share.h"
@@ -39,13 +40,24 @@ void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
 //   PublishRowsArgs PublicationOf(const Args&, const Published&): what other processes
 //     are to find of a rank's lent buffers
 
+// Has an exchange's kernels note what is wrong with its plan, if they read one.
+template <typename Args>
+void NoteFaultsIn(PlanFault& fault, Args& args) {
+  if constexpr (requires { args.fault; }) args.fault = &fault;
+}
+
+// The error of a call whose plan had a fault.
+ffi::Error BadPlan(const char* op, const PlanFault& fault);
+
 // Runs an exchange of ranks whose operands are stacked on one device.
 template <typename Op>
 ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                            ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
-  const typename Op::Args first = Op::Read(reader);
+  typename Op::Args first = Op::Read(reader);
   if (reader.failed()) return reader.error();
+  PlanFault fault;
+  NoteFaultsIn(fault, first);
   const std::int64_t count = reader.where().num_stacked;
   std::vector<typename Op::Args> args;
   args.reserve(static_cast<std::size_t>(count));
@@ -54,6 +66,7 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   works.reserve(args.size());
   for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
   RunTogether(std::move(works), ScheduleOn(pool));
+  if (fault.what() != nullptr) return BadPlan(Op::PrintOf(first).op, fault);
   return ffi::Error::Success();
 }
 
@@ -62,6 +75,7 @@ template <typename Op>
 struct PendingCall {
   typename Op::Args args;
   PublishRowsArgs publication;
+  PlanFault fault;
   ffi::Promise promise;
 };
 
@@ -110,7 +124,15 @@ Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& call,
             Op::SetPeers(call->args, tables);
             return Op::MakeWork(call->args);
           },
-      .done = [call](const auto& failure) { Complete(call->promise, failure); },
+      .done =
+          [call](const auto& failure) {
+            // The peers only read what this rank lent: its plan's fault is its own.
+            if (!failure && call->fault.what() != nullptr) {
+              call->promise.SetError(BadPlan(Op::PrintOf(call->args).op, call->fault));
+            } else {
+              Complete(call->promise, failure);
+            }
+          },
       .schedule = nullptr,
       .lent_bytes = {publication.num_rows * publication.row_bytes,
                      publication.whole_bytes},
@@ -135,6 +157,7 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
   ffi::Future future(call->promise);
   CallReader reader(operands, results, attributes);
   call->args = Op::Read(reader);
+  NoteFaultsIn(call->fault, call->args);
   const Whereabouts& where = reader.where();
   const Group group = FindGroup(reader, device);
   const auto span = FindSpan(site, device, group, run.run_id, reader, *call);

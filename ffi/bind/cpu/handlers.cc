@@ -68,19 +68,11 @@ struct PullRows {
                                        const Span& span) {
     PublishRowsArgs some =
         PublishAll(args.rows[0], args.capacity, args.hidden * ByteWidth(args.dtype));
-    some.rows = call.recv_row;
-    some.ranges.clear();
-    std::int64_t end = 0;
-    for (std::size_t rank = 0; rank < span.process_of.size(); ++rank) {
-      const std::int64_t begin = end;
-      end += call.recv_counts[rank];
-      if (begin == end || span.IsHere(static_cast<std::int64_t>(rank))) continue;
-      if (!some.ranges.empty() && some.ranges.back().second == begin) {
-        some.ranges.back().second = end;
-      } else {
-        some.ranges.emplace_back(begin, end);
-      }
+    std::vector<bool> is_elsewhere;
+    for (const std::int32_t process : span.process_of) {
+      is_elsewhere.push_back(process != span.here);
     }
+    KeepPulledRows(call.recv_row, call.recv_counts, is_elsewhere, args.fault, some);
     return some;
   }
 };

@@ -61,7 +61,9 @@ SpanningCall ReadSpanningCall(CallReader& reader, bool pulls_rows) {
   const auto int32 = [&](const char* name, std::int64_t elements) {
     return reader.Operand<std::int32_t>(name, ffi::DataType::S32, elements);
   };
-  SpanningCall call = {.numbers = int32("numbers", num_ranks), .recv_row = nullptr, .recv_counts = nullptr};
+  SpanningCall call = {.numbers = int32("numbers", num_ranks),
+                       .recv_row = nullptr,
+                       .recv_counts = nullptr};
   if (!pulls_rows) return call;
   call.recv_row = int32("recv_row", reader.Attribute("capacity"));
   call.recv_counts = int32("recv_counts", num_ranks);
@@ -70,6 +72,12 @@ SpanningCall ReadSpanningCall(CallReader& reader, bool pulls_rows) {
 
 Schedule ScheduleOn(ffi::ThreadPool& pool) {
   return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
+}
+
+ffi::Error BadPlan(const char* op, const PlanFault& fault) {
+  return ffi::Error::InvalidArgument(std::string("jax_ep ") + op +
+                                     ": plan must be as make_plan made it: its " +
+                                     fault.what());
 }
 
 void Complete(ffi::Promise promise, const std::optional<std::string>& failure) {
@@ -117,8 +125,8 @@ int jax_ep_board(std::int32_t* address, char* problem, int problem_bytes) {
 // Opens the board of process `index` of the job, which has told its `address`.
 int jax_ep_open_board(std::int32_t index, const std::int32_t* address, char* problem,
                       int problem_bytes) {
-  const auto why = jax_ep::ProcessHost()->Open(
-      index, {.process = address[0], .number = address[1]});
+  const auto why =
+      jax_ep::ProcessHost()->Open(index, {.process = address[0], .number = address[1]});
   if (!why) return 1;
   std::snprintf(problem, static_cast<std::size_t>(problem_bytes), "%s", why->c_str());
   return 0;
