@@ -23,6 +23,7 @@
 
 #include "fabric/cores.h"
 #include "fabric/futex.h"
+#include "fabric/report.h"
 
 namespace jax_ep {
 namespace {
@@ -197,16 +198,9 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
   timeout_ = options_.timeout();
   deadline_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                  std::min(timeout_, kLongestWait));
-  if (links_.own == nullptr) {
-    phase_ = Phase::kConnecting;
-    auto links = options_.connect(deadline_);
-    if (auto* problem = std::get_if<std::string>(&links)) {
-      failure = Here() + " and " + *problem;
-      return nullptr;
-    }
-    links_ = std::move(std::get<Links>(links));
-  }
-  ProcessWords& own = links_.own->words();
+  if (!is_connected_) failure = ConnectToOthers();
+  if (failure) return nullptr;
+  ProcessWords& own = own_->words();
   own.came_to.store(Digest(name), std::memory_order_relaxed);
   if (leads()) {
     own.names[HalfOf(epoch_)] = name;
@@ -214,9 +208,8 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
     Ring(own.bell);
   } else {
     Enter(Phase::kFollowing);
-    Neighbor& leader = **std::ranges::find_if(links_.neighbors, [&](const auto& n) {
-      return n->process() == process_of_[0];
-    });
+    Neighbor& leader = **std::ranges::find_if(
+        neighbors_, [&](const auto& n) { return n->process() == process_of_[0]; });
     failure = Await(
         leader,
         [this](const ProcessWords& words) {
@@ -228,6 +221,28 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
     Enter(Phase::kMeeting);
   }
   return FindMeeting(name, failure);
+}
+
+// Shows this process's words to the others.
+Channel::Failure Channel::OpenOwn() {
+  phase_ = Phase::kConnecting;
+  auto own = options_.open();
+  if (auto* problem = std::get_if<std::string>(&own))
+    return Here() + " and " + *problem;
+  own_ = std::move(std::get<std::unique_ptr<Showcase>>(own));
+  return std::nullopt;
+}
+
+Channel::Failure Channel::ConnectToOthers() {
+  if (Failure failure = OpenOwn()) return failure;
+  Enter(Phase::kConnecting);
+  auto neighbors = options_.connect(deadline_, [this] { return Interruption(); });
+  if (auto* problem = std::get_if<std::string>(&neighbors)) {
+    return Here() + " and " + *problem;
+  }
+  neighbors_ = std::move(std::get<Neighbors>(neighbors));
+  is_connected_ = true;
+  return std::nullopt;
 }
 
 std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
@@ -261,7 +276,7 @@ Channel::Failure Channel::Exchange(Meeting& meeting) {
   if (Failure failure = FillTables(meeting)) return failure;
   Enter(Phase::kPulling);
   RunTogether(std::move(meeting.works), options_.schedule, options_.max_threads);
-  ProcessWords& own = links_.own->words();
+  ProcessWords& own = own_->words();
   // Releases the half: all reads of it have ended.
   own.finished.store(epoch_, std::memory_order_release);
   Enter(Phase::kIdle);
@@ -271,7 +286,7 @@ Channel::Failure Channel::Exchange(Meeting& meeting) {
 // Fills the half of this epoch, once everybody has finished with what it held.
 Channel::Failure Channel::Publish(Meeting& meeting) {
   Enter(Phase::kReusing);
-  for (const auto& neighbor : links_.neighbors) {
+  for (const auto& neighbor : neighbors_) {
     Failure failure = Await(
         *neighbor,
         [this](const ProcessWords& words) {
@@ -283,10 +298,12 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
   Enter(Phase::kPublishing);
   const HalfLayout layout(meeting.lent_bytes);
   const std::size_t half = HalfOf(epoch_);
-  char* window = links_.own->Half(half, layout.BytesOf(meeting.num_expected));
+  const std::size_t bytes = layout.BytesOf(meeting.num_expected);
+  std::string problem;
+  char* window = own_->Half(half, bytes, problem);
   if (window == nullptr) {
-    return Here() + " and could not make its window hold " +
-           std::to_string(layout.BytesOf(meeting.num_expected)) + " bytes";
+    return Here() + " and could not make its window hold " + std::to_string(bytes) +
+           " bytes: " + problem;
   }
   std::vector<Work> works;
   for (const MakePublication& publication : meeting.publications) {
@@ -295,7 +312,7 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
     works.push_back(publication({first, second}));
   }
   RunTogether(std::move(works), options_.schedule, options_.max_threads);
-  ProcessWords& own = links_.own->words();
+  ProcessWords& own = own_->words();
   own.prints[half] = PrintOf(meeting);
   own.published.store(epoch_, std::memory_order_release);
   Enter(Phase::kAwaiting);
@@ -304,7 +321,7 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
 
 Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
   const SharedPrint print = PrintOf(meeting);
-  for (const auto& neighbor : links_.neighbors) {
+  for (const auto& neighbor : neighbors_) {
     Failure failure = Await(
         *neighbor,
         [this](const ProcessWords& words) {
@@ -325,12 +342,15 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
 // Tells the kernels where the other processes' ranks have their buffers.
 Channel::Failure Channel::FillTables(Meeting& meeting) {
   const HalfLayout layout(meeting.lent_bytes);
-  for (const auto& neighbor : links_.neighbors) {
+  for (const auto& neighbor : neighbors_) {
     const auto num_ranks =
         static_cast<std::size_t>(std::ranges::count(process_of_, neighbor->process()));
-    const char* window = neighbor->Half(HalfOf(epoch_), layout.BytesOf(num_ranks));
+    std::string problem;
+    const char* window =
+        neighbor->Half(HalfOf(epoch_), layout.BytesOf(num_ranks), problem);
     if (window == nullptr) {
-      return Here() + " and could not map the window of " + Ranks(neighbor->process());
+      return Here() + " and could not map the window of " + Ranks(neighbor->process()) +
+             ": " + problem;
     }
     std::size_t index = 0;
     for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
@@ -358,13 +378,17 @@ Channel::Failure Channel::Await(Neighbor& neighbor,
     const Clock::time_point now = Clock::now();
     if (!was_alive || now >= deadline_) return Trouble(neighbor, what);
     if (const Neighbor* quitter = Quitter()) return Trouble(*quitter, what);
-    {
-      const std::scoped_lock lock(mutex_);
-      if (failure_) return failure_;
-      if (stopping_) return "the channel ends";
-    }
+    if (Failure interruption = Interruption()) return interruption;
     AwaitRing(words.bell, seen, std::min<Clock::duration>(kLook, deadline_ - now));
   }
+}
+
+// What there is to stop a wait for others.
+Channel::Failure Channel::Interruption() {
+  const std::scoped_lock lock(mutex_);
+  if (failure_) return failure_;
+  if (stopping_) return "the channel ends";
+  return std::nullopt;
 }
 
 // Returns a neighbor that gave up, if there is one, or rather one that ended, which may
@@ -373,12 +397,12 @@ const Neighbor* Channel::Quitter() const {
   const auto gave_up = [](const auto& neighbor) {
     return neighbor->words().gave_up.load(std::memory_order_acquire) != 0;
   };
-  const auto quitter = std::ranges::find_if(links_.neighbors, gave_up);
-  if (quitter == links_.neighbors.end()) return nullptr;
-  const auto ended = std::ranges::find_if(links_.neighbors, [&](const auto& neighbor) {
+  const auto quitter = std::ranges::find_if(neighbors_, gave_up);
+  if (quitter == neighbors_.end()) return nullptr;
+  const auto ended = std::ranges::find_if(neighbors_, [&](const auto& neighbor) {
     return !gave_up(neighbor) && !neighbor->alive();
   });
-  return (ended != links_.neighbors.end() ? *ended : *quitter).get();
+  return (ended != neighbors_.end() ? *ended : *quitter).get();
 }
 
 Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) const {
@@ -389,7 +413,7 @@ Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) co
                           ", " +
                           Doing(neighbor.words().phase.load(std::memory_order_relaxed));
     // It may have waited for any of the others.
-    for (const auto& other : links_.neighbors) {
+    for (const auto& other : neighbors_) {
       if (other->words().gave_up.load(std::memory_order_acquire) != 0) continue;
       failure += "; " + Ranks(other->process()) + " was last seen " + LastSeen(*other);
     }
@@ -408,7 +432,7 @@ std::string Channel::Here() const {
 
 void Channel::Enter(Phase phase) {
   phase_ = phase;
-  ProcessWords& own = links_.own->words();
+  ProcessWords& own = own_->words();
   own.epoch.store(epoch_, std::memory_order_relaxed);
   own.phase.store(phase, std::memory_order_relaxed);
   if (Works(phase)) ShareCores(own);
@@ -426,25 +450,31 @@ void Channel::ShareCores(ProcessWords& own) const {
            words.core.load(std::memory_order_relaxed) == core &&
            Works(words.phase.load(std::memory_order_relaxed));
   };
-  if (std::ranges::any_of(links_.neighbors, works_here)) LeaveCore();
+  if (std::ranges::any_of(neighbors_, works_here)) LeaveCore();
   own.core.store(ThisCore(), std::memory_order_relaxed);
 }
 
 // From here on every exchange of this channel fails.
 void Channel::GiveUp(const std::string& why,
                      std::vector<std::shared_ptr<Meeting>> meetings) {
-  if (links_.own != nullptr) {
-    ProcessWords& own = links_.own->words();
+  // Even before the first exchange: the others may be at it.
+  if (epoch_ == 0) OpenOwn();
+  if (own_ != nullptr) {
+    ProcessWords& own = own_->words();
     own.gave_up.store(epoch_ == 0 ? 1 : epoch_, std::memory_order_release);
     Ring(own.bell);
   }
+  bool is_news = false;
   {
     const std::scoped_lock lock(mutex_);
-    if (!failure_) failure_ = why;
+    is_news = !failure_;
+    if (is_news) failure_ = why;
     std::ranges::move(waiting_, std::back_inserter(meetings));
     waiting_.clear();
   }
   std::erase(meetings, nullptr);
+  // Once for all exchanges that fail from now on.
+  if (is_news) Report(meetings.empty() ? why : meetings.front()->ReportOf(why));
   Fail(meetings);
 }
 

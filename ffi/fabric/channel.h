@@ -27,8 +27,10 @@ class Neighbor {
  public:
   virtual ~Neighbor() = default;
   virtual const ProcessWords& words() const = 0;
-  // One half of its window, of at least so many bytes, or null if it cannot be mapped.
-  virtual const char* Half(std::size_t half, std::size_t bytes) = 0;
+  // One half of its window, of at least so many bytes, or null and the problem if it
+  // cannot be mapped.
+  virtual const char* Half(std::size_t half, std::size_t bytes,
+                           std::string& problem) = 0;
   virtual bool alive() const = 0;
   virtual std::int32_t process() const = 0;
 };
@@ -38,22 +40,25 @@ class Showcase {
  public:
   virtual ~Showcase() = default;
   virtual ProcessWords& words() = 0;
-  virtual char* Half(std::size_t half, std::size_t bytes) = 0;
+  virtual char* Half(std::size_t half, std::size_t bytes, std::string& problem) = 0;
 };
 
-struct Links {
-  std::unique_ptr<Showcase> own;
-  std::vector<std::unique_ptr<Neighbor>> neighbors;  // in the order of their processes
-};
+using Neighbors = std::vector<std::unique_ptr<Neighbor>>;  // by process, ascending
 
 using Clock = std::chrono::steady_clock;
 
 // How soon the end of a process is noticed.
 inline constexpr std::chrono::milliseconds kLook{50};
 
-// Connects with the other processes of a channel, or says why not.
-using Connect =
-    std::function<std::variant<Links, std::string>(Clock::time_point deadline)>;
+// Shows this process to the others of a channel. If it cannot, it says why, and has
+// told them that it gave up.
+using Open = std::function<std::variant<std::unique_ptr<Showcase>, std::string>()>;
+
+// Waits for what the others show, or says why it does not: also, and soon, when
+// `interruption` has something to say.
+using Connect = std::function<std::variant<Neighbors, std::string>(
+    Clock::time_point deadline,
+    const std::function<std::optional<std::string>()>& interruption)>;
 
 // Exchanges between the processes of one group of ranks, in the protocol of
 // docs/protocol.md. The ranks of a process come together first; then a thread of the
@@ -64,6 +69,7 @@ using Connect =
 class Channel : public Relay {
  public:
   struct Options {
+    Open open;
     Connect connect;
     Schedule schedule;  // for helpers and for those who are told
     std::function<std::chrono::duration<double>()> timeout;
@@ -85,6 +91,9 @@ class Channel : public Relay {
   using Failure = std::optional<std::string>;
 
   void Serve();
+  Failure OpenOwn();
+  Failure ConnectToOthers();
+  Failure Interruption();
   std::shared_ptr<Meeting> NextMeeting(Failure& failure);
   std::shared_ptr<Meeting> FindMeeting(const ExchangeName& name, Failure& failure);
   Failure Exchange(Meeting& meeting);
@@ -108,7 +117,9 @@ class Channel : public Relay {
   const Options options_;
 
   // Only the channel's thread uses these.
-  Links links_;
+  std::unique_ptr<Showcase> own_;
+  Neighbors neighbors_;
+  bool is_connected_ = false;
   Epoch epoch_ = 0;  // of the exchange at hand
   Phase phase_ = Phase::kIdle;
   Clock::time_point deadline_;

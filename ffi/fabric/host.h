@@ -80,8 +80,8 @@ class Host {
   std::optional<std::int32_t> BeginFirstRun(std::int64_t group, std::int32_t rank);
   void EndFirstRun(std::int64_t group, std::int32_t rank);
 
-  // What other processes say: how many first runs a rank has begun, and whether the
-  // ranks of one have come to an exchange, and to no later one.
+  // What processes say: how many first runs a rank has begun, and whether the ranks of
+  // another one have come to an exchange, and to no later one.
   std::int32_t FirstRunsOf(std::int32_t process, std::int64_t group, std::int32_t rank);
   bool IsIn(std::int32_t process, const std::vector<std::int32_t>& process_of,
             std::int64_t group, const ExchangeName& name);
@@ -94,17 +94,20 @@ class Host {
   class Other;
   class OtherChannel;
   class OwnChannel;
+  class Search;
+  using Interruption = std::function<std::optional<std::string>()>;
   using ChannelKey = std::pair<std::vector<std::int32_t>, std::int64_t>;
 
-  Host(std::int32_t here, std::unique_ptr<SharedFile> file, Timeout timeout);
+  Host(std::int32_t here, std::unique_ptr<SharedFile> file, Board* board,
+       Timeout timeout);
   const Other* Find(std::int32_t process);
   Board::FirstRunsOfRank* OwnFirstRuns(std::int64_t group, std::int32_t rank);
-  std::variant<Links, std::string> ConnectTo(const ChannelKey& key,
-                                             Clock::time_point deadline);
+  std::variant<Neighbors, std::string> ConnectTo(const ChannelKey& key,
+                                                 Clock::time_point deadline,
+                                                 const Interruption& interruption);
   void OnPhase(Phase phase, Epoch epoch);
   std::variant<std::unique_ptr<Showcase>, std::string> OpenOwn(std::uint64_t key);
-  static std::variant<std::unique_ptr<Neighbor>, std::string> Find(
-      const Other& other, std::uint64_t key, Clock::time_point deadline);
+  std::vector<const Other*> OthersOf(const ChannelKey& key);
 
   const std::unique_ptr<SharedFile> file_;
   Board* const board_;
@@ -112,12 +115,11 @@ class Host {
   const std::int32_t here_;
 
   std::mutex mutex_;                                       // guards all below
-  std::map<std::int32_t, std::unique_ptr<Other>> others_;  // stay for good
+  std::map<std::int32_t, std::unique_ptr<Other>> others_;  // they stay for good
   std::size_t num_channels_ = 0;
   std::function<void(Phase, Epoch)> on_phase_;
   Crew crew_;
   std::map<ChannelKey, std::shared_ptr<Channel>> channels_;
-  std::vector<std::unique_ptr<Showcase>> given_up_;  // before all had connected
 };
 
 }  // namespace jax_ep

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/report.h"
+
 namespace jax_ep {
 namespace {
 
@@ -23,6 +25,10 @@ std::string Describe(const CallPrint& print) {
   return std::string(print.op) + " of [" + std::to_string(print.dims[0]) + " rows, " +
          std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
          std::to_string(print.plan);
+}
+
+std::string GaveUp(std::size_t num_ranks, const std::string& why) {
+  return " of " + std::to_string(num_ranks) + " gave up, because " + why;
 }
 
 }  // namespace
@@ -186,6 +192,8 @@ void MeetingPoint::Register(const Attendance& attendance, Meeting& meeting) {
 
 std::vector<MeetingPoint::Notice> MeetingPoint::Fail(Meeting& meeting,
                                                      const std::string& failure) {
+  // Once for all its ranks, however late they come.
+  if (!meeting.failure) Report(meeting.ReportOf(failure));
   meeting.failure = failure;
   if (meeting.span) meeting.span->relay->Break(failure);
   return meeting.TakeNotices(failure);
@@ -195,12 +203,19 @@ std::vector<Meeting::Notice> Meeting::TakeNotices(const std::string& why) {
   std::vector<Notice> notices;
   for (std::size_t rank = 0; rank < done.size(); ++rank) {
     if (!done[rank]) continue;
-    notices.push_back(
-        {.done = std::exchange(done[rank], nullptr),
-         .failure = std::string(print.op) + ": rank " + std::to_string(rank) + " of " +
-                    std::to_string(done.size()) + " gave up, because " + why});
+    notices.push_back({.done = std::exchange(done[rank], nullptr),
+                       .failure = std::string(print.op) + ": rank " +
+                                  std::to_string(rank) + GaveUp(done.size(), why)});
   }
   return notices;
+}
+
+std::string Meeting::ReportOf(const std::string& why) const {
+  std::vector<std::int32_t> ranks;
+  for (std::size_t rank = 0; rank < done.size(); ++rank) {
+    if (done[rank]) ranks.push_back(static_cast<std::int32_t>(rank));
+  }
+  return std::string(print.op) + ": " + RankList(ranks) + GaveUp(done.size(), why);
 }
 
 void MeetingPoint::Forget(const Meeting& meeting) {

@@ -118,6 +118,9 @@ struct Meeting {
   };
   std::vector<Notice> TakeNotices(const std::string& why);
 
+  // For users who may not get to see any rank's error.
+  std::string ReportOf(const std::string& why) const;
+
   MeetingKey key;
   CallPrint print;
   std::shared_ptr<const Span> span;
@@ -140,6 +143,11 @@ struct Meeting {
 // does next may wait for its peers, so each could be told on a thread of its own; but
 // as a rule it takes less time than waking one.
 void TellAll(std::vector<Done> untold, const Schedule& schedule);
+
+// How long ranks wait for each other until somebody sets another limit. XLA:CPU aborts
+// a process whose collectives have waited for a minute: by then our error has been
+// told.
+inline constexpr std::chrono::duration<double> kDefaultWait{30};
 
 // The steady clock cannot hold every number of seconds; a year is as good as for ever.
 inline constexpr std::chrono::duration<double> kLongestWait{3.15e7};
@@ -187,7 +195,7 @@ class MeetingPoint {
 
   mutable std::mutex mutex_;                   // guards all below
   std::deque<std::shared_ptr<Meeting>> open_;  // gathering or failed, oldest first
-  std::chrono::duration<double> timeout_{60.0};
+  std::chrono::duration<double> timeout_{kDefaultWait};
   std::thread watcher_;
   Clock::time_point watched_until_ = Clock::time_point::max();
   std::condition_variable watch_changed_;

@@ -63,7 +63,7 @@ struct alignas(64) ProcessWords {
   std::atomic<Epoch> announced;    // the leader's: epochs that it has named
   std::atomic<Epoch> published;
   std::atomic<Epoch> finished;
-  std::atomic<Epoch> gave_up;  // in which it failed; 0: it has not
+  std::atomic<Epoch> gave_up;          // in which it failed; 0: it has not
   std::atomic<std::uint64_t> came_to;  // digest of the name its ranks last came to
 
   // By the epoch's last bit, released by `announced` and `published`.

@@ -10,6 +10,9 @@
 
 namespace jax_ep {
 
+// What the system says of its call that just failed: "mmap: Cannot allocate memory".
+std::string SystemProblem(const std::string& call);
+
 // Memory that processes of one user on one host share: a file without a name. It is
 // found by those who know which process holds it under which number, and it is gone
 // when the last process that has mapped it has ended, in whichever way.
@@ -31,10 +34,10 @@ class SharedFile {
   // The number under which this process holds the file.
   int number() const { return descriptor_; }
 
-  // Returns the file's first `bytes`, mapped, or null if they cannot be. Its maker
-  // makes the file grow to that size; until it has, others must not touch what is not
-  // there. What it returned before may have moved.
-  void* Map(std::size_t bytes);
+  // Returns the file's first `bytes`, mapped, or null and the problem if they cannot
+  // be. Its maker makes the file grow to that size; until it has, others must not touch
+  // what is not there. What it returned before may have moved.
+  void* Map(std::size_t bytes, std::string& problem);
 
  private:
   SharedFile(int descriptor, bool writable)

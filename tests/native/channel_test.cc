@@ -181,6 +181,7 @@ EP_TEST(WordsTellWhatGoesOn) {
     }
   }
   std::vector<std::pair<Phase, Epoch>> want[2];
+  for (auto& of_process : want) of_process.emplace_back(Phase::kConnecting, 1);
   for (Epoch epoch = 1; epoch <= kTurns; ++epoch) {
     for (const Phase phase :
          {Phase::kFollowing, Phase::kMeeting, Phase::kReusing, Phase::kPublishing,

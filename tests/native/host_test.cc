@@ -1,5 +1,6 @@
 #include "fabric/host.h"
 
+#include <sys/resource.h>
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -64,12 +65,13 @@ class Side {
              .relay = std::shared_ptr<Relay>(std::shared_ptr<void>(), relay)});
   }
 
-  // Makes the call of all of this process's ranks; returns what came of the first
-  // one's.
-  SpanOutcome Make(SpanCall call, const std::vector<std::int32_t>& process_of) {
+  // Makes the call of all of this process's ranks from `first` on; returns what came of
+  // the first one's.
+  SpanOutcome Make(SpanCall call, const std::vector<std::int32_t>& process_of,
+                   std::size_t first = 0) {
     const auto span = SpanOf(process_of, call.group);
     std::vector<PendingSpanCall> pending;
-    for (std::size_t rank = 0; rank < process_of.size(); ++rank) {
+    for (std::size_t rank = first; rank < process_of.size(); ++rank) {
       if (process_of[rank] != here_) continue;
       call.rank = static_cast<std::int32_t>(rank);
       pending.emplace_back(point_, span, call, helpers_.schedule());
@@ -311,6 +313,59 @@ EP_TEST(ProcessThatDoesNotConnectIsNamed) {
               {"in epoch 1 process 0 was connecting and process 1 (pid " +
                Show(child.process()) +
                ") had not come to the first exchange of these ranks in time"});
+}
+
+// Its own rank does not come to its very first exchange: the other waits in vain for
+// more than its time-out only if it is not told.
+EP_TEST(ProcessThatGivesUpBeforeItConnectsIsNamedAtOnce) {
+  const std::vector<std::int32_t> process_of = {0, 1, 1};
+  Child child(1, duration<double>(0.3), [&](Side& side) {
+    const bool failed = side.Make({}, process_of, 2).failure.has_value();
+    for (;;) pause();
+    return failed;
+  });
+  Side own(0, kLong);
+  child.Join(own, 0);
+  const auto start = Clock::now();
+  CheckFailed(own.Make({}, process_of),
+              {"ranks 1, 2 of process 1 had given up, in epoch 1"});
+  EP_CHECK(Clock::now() - start < 3 * kSoon);
+}
+
+// As many files as it may have are open: it has no window, but words that say so.
+EP_TEST(ProcessWithoutAWindowIsNamedAtOnce) {
+  Child child(1, kLong, [](Side& side) {
+    const rlimit none = {.rlim_cur = 0, .rlim_max = 0};
+    if (setrlimit(RLIMIT_NOFILE, &none) != 0) return false;
+    const SpanOutcome outcome = side.Make({}, kOneEach);
+    return CheckFailed(outcome,
+                       {"in epoch 1 process 1 was connecting and could not make its "
+                        "window: memfd_create: Too many open files"});
+  });
+  Side own(0, kLong);
+  child.Join(own, 0);
+  const auto start = Clock::now();
+  CheckFailed(own.Make({}, kOneEach),
+              {"in epoch 1 process 0 was connecting and process 1 (pid " +
+               Show(child.process()) + ") has given up"});
+  EP_CHECK(Clock::now() - start < 3 * kSoon);
+  EP_CHECK(child.Ended());
+}
+
+EP_TEST(BoardThatCannotBeMadeOrOpenedIsReported) {
+  const std::unique_ptr<Host> host = NewHost();
+  rlimit limit{};
+  EP_CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
+  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+  const auto made = Host::Create([] { return kLong; });
+  const std::string opened = host->Join(1, {host->address(), {}}).value_or("");
+  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  const auto* problem = std::get_if<std::string>(&made);
+  EP_CHECK_EQ(problem == nullptr ? "" : *problem, "memfd_create: Too many open files");
+  EP_CHECK_EQ(opened, "the board of process 0 (pid " + Show(getpid()) +
+                          ") cannot be opened: open /proc/" + Show(getpid()) + "/fd/" +
+                          Show(host->address().number) + ": Too many open files");
 }
 
 EP_TEST(BoardThatIsNotThereIsReported) {

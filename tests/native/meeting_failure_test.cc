@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "captured_reports.h"
 #include "check.h"
 #include "fabric/meeting.h"
 #include "meeting_calls.h"
@@ -61,6 +62,34 @@ EP_TEST(ThosePresentFailWhenOthersNeverCome) {
   EP_CHECK(Clock::now() - start >= kShort);
   EP_CHECK(Clock::now() - start < kAtOnce);
   CheckGoesOn(point, 5, 2);
+}
+
+// One line, whoever came, with all that the error says; and none for those that worked.
+EP_TEST(MeetingsThatFailAreReportedOnce) {
+  const CapturedReports reports;
+  MeetingPoint point;
+  point.SetTimeout(kShort);
+  const PendingCall first(point, CallOf(1, 4), AtOnce);
+  CheckFailed(Make(point, CallOf(0, 4)),
+              {"rank 1 waited 0.2 s for ranks 2, 3 to come"});
+  const std::string waited =
+      "dispatch: ranks 0, 1 of 4 gave up, because rank 1 waited 0.2 s for ranks 2, 3 "
+      "to come";
+  EP_CHECK_EQ(Show(reports.texts()), "[" + waited + "]");
+  for (const std::int32_t rank : {2, 3}) Make(point, CallOf(rank, 4));
+  CheckGoesOn(point, 4, 1);
+  EP_CHECK_EQ(reports.texts().size(), 1);
+  point.SetTimeout(kLong);
+  const PendingCall one(point, CallOf(1, 2), AtOnce);
+  Call other = CallOf(0, 2);
+  other.print.plan = 8;
+  Make(point, other);
+  EP_CHECK_EQ(reports.texts().size(), 2);
+  EP_CHECK_EQ(
+      reports.texts().back(),
+      "dispatch: ranks 0, 1 of 2 gave up, because rank 1 called dispatch of [64 "
+      "rows, 256 bytes] with plan fingerprint 7 and rank 0 called dispatch of "
+      "[64 rows, 256 bytes] with plan fingerprint 8");
 }
 
 EP_TEST(LateRanksFailAtOnce) {

@@ -193,7 +193,7 @@ EP_TEST(CallsFollowFromTheOnesBefore) {
 
 EP_TEST(TimeoutIsSetAndGivenBack) {
   MeetingPoint point;
-  EP_CHECK_EQ(point.SetTimeout(duration<double>(2.5)).count(), 60.0);
+  EP_CHECK_EQ(point.SetTimeout(duration<double>(2.5)).count(), kDefaultWait.count());
   EP_CHECK_EQ(point.SetTimeout(duration<double>(0.25)).count(), 2.5);
 }
 

@@ -1,6 +1,7 @@
 #include "fabric/shared_file.h"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/wait.h>
@@ -32,14 +33,21 @@ FilePointer FileOf(SharedFile::OrFailure file) {
   return std::move(std::get<FilePointer>(file));
 }
 
+std::string ProblemOf(const SharedFile::OrFailure& file) {
+  const auto* problem = std::get_if<std::string>(&file);
+  return problem == nullptr ? "" : *problem;
+}
+
 FilePointer Create() { return FileOf(SharedFile::Create()); }
 FilePointer Open(pid_t process, int number) {
   return FileOf(SharedFile::OpenOf(process, number));
 }
 
 char* Map(SharedFile& file, std::size_t bytes) {
-  auto* data = static_cast<char*>(file.Map(bytes));
+  std::string problem;
+  auto* data = static_cast<char*>(file.Map(bytes, problem));
   EP_CHECK(data != nullptr);
+  EP_CHECK_EQ(problem, "");
   return data;
 }
 
@@ -140,16 +148,43 @@ EP_TEST(FileThatIsNotThereIsReported) {
   const int number = file->number();
   file.reset();
   const auto closed = SharedFile::OpenOf(getpid(), number);
-  const auto* failure = std::get_if<std::string>(&closed);
-  EP_CHECK(failure != nullptr);
-  if (failure == nullptr) return;
-  EP_CHECK_EQ(*failure, "open /proc/" + std::to_string(getpid()) + "/fd/" +
-                            std::to_string(number) + ": No such file or directory");
+  EP_CHECK_EQ(ProblemOf(closed), "open /proc/" + std::to_string(getpid()) + "/fd/" +
+                                     std::to_string(number) +
+                                     ": No such file or directory");
 }
 
-EP_TEST(MemoryThatCannotBeHadIsNull) {
+// What the system says when there is more to map than it lets a process have.
+EP_TEST(MemoryThatCannotBeHadIsReported) {
   const FilePointer file = Create();
-  EP_CHECK(file->Map(std::size_t{1} << 62) == nullptr);
+  std::string problem;
+  EP_CHECK(file->Map(std::size_t{1} << 62, problem) == nullptr);
+  EP_CHECK_EQ(problem, "mmap: Cannot allocate memory");
+}
+
+EP_TEST(FileThatMayNotGrowIsReported) {
+  const FilePointer file = Create();
+  const char* before = Map(*file, 1);
+  EP_CHECK_EQ(fcntl(file->number(), F_ADD_SEALS, F_SEAL_GROW), 0);
+  std::string problem;
+  EP_CHECK(file->Map(kLarge, problem) == nullptr);
+  EP_CHECK_EQ(problem, "ftruncate: Operation not permitted");
+  EP_CHECK(Map(*file, 1) == before);
+}
+
+// As many as the process may have open: neither a file of its own nor another's.
+EP_TEST(FilesThatCannotBeOpenedAreReported) {
+  const FilePointer file = Create();
+  rlimit limit{};
+  EP_CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
+  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+  const auto made = SharedFile::Create();
+  const auto opened = SharedFile::OpenOf(getpid(), file->number());
+  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  EP_CHECK_EQ(ProblemOf(made), "memfd_create: Too many open files");
+  EP_CHECK_EQ(ProblemOf(opened), "open /proc/" + std::to_string(getpid()) + "/fd/" +
+                                     std::to_string(file->number()) +
+                                     ": Too many open files");
 }
 
 // A process that makes a file, writes to it and waits for its end.

@@ -106,8 +106,10 @@ class SimulatedShowcase : public Showcase {
  public:
   explicit SimulatedShowcase(Shown& shown) : shown_(shown) {}
   ProcessWords& words() override { return shown_.words; }
-  char* Half(std::size_t half, std::size_t bytes) override {
-    return shown_.makes_halves ? shown_.NewHalf(half, bytes) : nullptr;
+  char* Half(std::size_t half, std::size_t bytes, std::string& problem) override {
+    if (shown_.makes_halves) return shown_.NewHalf(half, bytes);
+    problem = "ftruncate: No space left on device";
+    return nullptr;
   }
 
  private:
@@ -119,8 +121,11 @@ class SimulatedNeighbor : public Neighbor {
   SimulatedNeighbor(Shown& shown, std::int32_t process)
       : shown_(shown), process_(process) {}
   const ProcessWords& words() const override { return shown_.words; }
-  const char* Half(std::size_t half, std::size_t bytes) override {
-    if (!shown_.shows_halves) return nullptr;
+  const char* Half(std::size_t half, std::size_t bytes, std::string& problem) override {
+    if (!shown_.shows_halves) {
+      problem = "mmap: Cannot allocate memory";
+      return nullptr;
+    }
     EP_CHECK_EQ(shown_.half_bytes[half], bytes);
     return shown_.halves[half].get();
   }
@@ -228,6 +233,10 @@ char* Shown::NewHalf(std::size_t half, std::size_t bytes) {
   return halves[half].get();
 }
 
+std::unique_ptr<Showcase> ShowcaseOf(Shown& shown) {
+  return std::make_unique<SimulatedShowcase>(shown);
+}
+
 SimulatedJob::SimulatedJob(std::int32_t num_processes, OnPhase on_phase,
                            std::int32_t played)
     : on_phase_(std::move(on_phase)), played_(played) {
@@ -250,7 +259,12 @@ std::int32_t SimulatedJob::AddGroup(const std::vector<std::int32_t>& process_of)
     channel = std::make_unique<Channel>(
         process_of, here,
         Channel::Options{
-            .connect = [this, &group, here](auto) { return LinksOf(group, here); },
+            .open =
+                [&group, here] {
+                  return ShowcaseOf(*group.shown[static_cast<std::size_t>(here)]);
+                },
+            .connect = [&group, here](auto,
+                                      const auto&) { return NeighborsOf(group, here); },
             .schedule = own.helpers.schedule(),
             .timeout = [&own] { return std::chrono::duration<double>(own.timeout); },
             .max_threads = 2,
@@ -262,19 +276,16 @@ std::int32_t SimulatedJob::AddGroup(const std::vector<std::int32_t>& process_of)
   return static_cast<std::int32_t>(groups_.size()) - 1;
 }
 
-Links SimulatedJob::LinksOf(const Group& group, std::int32_t here) const {
-  Links links;
+Neighbors SimulatedJob::NeighborsOf(const Group& group, std::int32_t here) {
+  Neighbors neighbors;
   const std::set<std::int32_t> members(group.process_of.begin(),
                                        group.process_of.end());
   for (const std::int32_t member : members) {
-    Shown& shown = *group.shown[static_cast<std::size_t>(member)];
-    if (member == here) {
-      links.own = std::make_unique<SimulatedShowcase>(shown);
-    } else {
-      links.neighbors.push_back(std::make_unique<SimulatedNeighbor>(shown, member));
-    }
+    if (member == here) continue;
+    neighbors.push_back(std::make_unique<SimulatedNeighbor>(
+        *group.shown[static_cast<std::size_t>(member)], member));
   }
-  return links;
+  return neighbors;
 }
 
 PendingSpanCall SimulatedJob::Attend(const SpanCall& call) {

@@ -78,6 +78,9 @@ struct Shown {
   std::atomic<bool> shows_halves{true};
 };
 
+// As the process itself has it.
+std::unique_ptr<Showcase> ShowcaseOf(Shown& shown);
+
 // Processes of one host, as threads of this one. They share nothing but what they show,
 // so that nothing else brings their reads and writes into order.
 class SimulatedJob {
@@ -108,7 +111,7 @@ class SimulatedJob {
  private:
   // In the order in which they need each other.
   struct Process {
-    std::atomic<double> timeout{60};
+    std::atomic<double> timeout{kDefaultWait.count()};
     HelperThreads helpers{2};
     std::vector<std::unique_ptr<Channel>> channels;  // by group
     MeetingPoint point;
@@ -119,7 +122,7 @@ class SimulatedJob {
   };
 
   Process& process(std::int32_t index) const;
-  Links LinksOf(const Group& group, std::int32_t here) const;
+  static Neighbors NeighborsOf(const Group& group, std::int32_t here);
 
   const OnPhase on_phase_;
   const std::int32_t played_;

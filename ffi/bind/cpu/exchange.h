@@ -66,7 +66,7 @@ ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   works.reserve(args.size());
   for (const auto& rank_args : args) works.push_back(Op::MakeWork(rank_args));
   RunTogether(std::move(works), ScheduleOn(pool));
-  if (fault.what() != nullptr) return BadPlan(Op::PrintOf(first).op, fault);
+  if (fault.what() != nullptr) return BadPlan(reader.where().call, fault);
   return ffi::Error::Success();
 }
 
@@ -125,10 +125,10 @@ Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& call,
             return Op::MakeWork(call->args);
           },
       .done =
-          [call](const auto& failure) {
+          [call, name = where.call](const auto& failure) {
             // The peers only read what this rank lent: its plan's fault is its own.
             if (!failure && call->fault.what() != nullptr) {
-              call->promise.SetError(BadPlan(Op::PrintOf(call->args).op, call->fault));
+              call->promise.SetError(BadPlan(name, call->fault));
             } else {
               Complete(call->promise, failure);
             }
