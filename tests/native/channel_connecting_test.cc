@@ -39,6 +39,7 @@ class LoneChannel {
             .process_of = kProcessOf,
             .here = 0,
             .site = 1,
+            .first_run = 0,
             .relay = std::shared_ptr<Relay>(std::shared_ptr<void>(), &channel_)})) {}
 
   // Lets both ranks make a call.

@@ -49,7 +49,7 @@ class PlayedProcess {
   // Once: who has been told may be reading it.
   void Announce(Epoch epoch, const SpanCall& call) {
     if (words_.announced.load(std::memory_order_relaxed) == epoch) return;
-    words_.names[epoch % 2] = {.site = call.site, .run_id = call.run_id};
+    words_.names[epoch % 2] = {.site = call.site, .execution = call.run_id};
     words_.announced.store(epoch, std::memory_order_release);
     Ring(words_.bell);
   }

@@ -34,8 +34,8 @@ using std::chrono::duration;
 constexpr duration<double> kLong{60};
 constexpr duration<double> kSoon{1};
 
-std::unique_ptr<Host> NewHost(duration<double> timeout = kLong) {
-  auto host = Host::Create([timeout] { return timeout; });
+std::unique_ptr<Host> NewHost(std::int32_t here = 0, duration<double> timeout = kLong) {
+  auto host = Host::Create(here, [timeout] { return timeout; });
   if (auto* problem = std::get_if<std::string>(&host)) {
     EP_CHECK_EQ(*problem, "");
     return nullptr;
@@ -47,7 +47,7 @@ std::unique_ptr<Host> NewHost(duration<double> timeout = kLong) {
 class Side {
  public:
   Side(std::int32_t here, duration<double> timeout)
-      : here_(here), host_(NewHost(timeout)) {
+      : here_(here), host_(NewHost(here, timeout)) {
     point_.SetTimeout(timeout);
   }
 
@@ -62,6 +62,7 @@ class Side {
         Span{.process_of = process_of,
              .here = here_,
              .site = 1,
+             .first_run = 0,
              .relay = std::shared_ptr<Relay>(std::shared_ptr<void>(), relay)});
   }
 
@@ -140,9 +141,8 @@ class Child {
                 static_cast<ssize_t>(sizeof(theirs)));
     EP_CHECK_EQ(theirs.process, process_);
     EP_CHECK_EQ(write(to_, &mine, sizeof(mine)), static_cast<ssize_t>(sizeof(mine)));
-    std::vector<BoardAddress> boards = {theirs, theirs};
-    boards[static_cast<std::size_t>(here)] = mine;
-    EP_CHECK_EQ(own.host().Join(here, boards).value_or(""), "");
+    EP_CHECK_EQ(own.host().Open(1 - here, theirs).value_or(""), "");
+    EP_CHECK_EQ(own.host().Open(here, mine).value_or(""), "");
   }
 
   pid_t process() const { return process_; }
@@ -163,9 +163,7 @@ class Child {
     BoardAddress theirs{};
     if (write(to, &mine, sizeof(mine)) < 0) return false;
     if (read(from, &theirs, sizeof(theirs)) != sizeof(theirs)) return false;
-    std::vector<BoardAddress> boards = {theirs, theirs};
-    boards[static_cast<std::size_t>(here)] = mine;
-    return !side.host().Join(here, boards) && body(side);
+    return !side.host().Open(1 - here, theirs) && body(side);
   }
 
   pid_t process_ = -1;
@@ -186,7 +184,7 @@ EP_TEST(ProcessesExchange) {
     Side own(0, kLong);
     child.Join(own, 0);
     EP_CHECK_EQ(own.host().here(), 0);
-    EP_CHECK_EQ(own.host().num_processes(), 2);
+    EP_CHECK(own.host().IsAlive(1));
     EP_CHECK_EQ(own.MakeTurns(process_of, kTurns).failure.value_or(""), "");
     EP_CHECK(child.Ended());
   }
@@ -358,12 +356,12 @@ EP_TEST(BoardThatCannotBeMadeOrOpenedIsReported) {
   EP_CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
   const rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
   EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
-  const auto made = Host::Create([] { return kLong; });
-  const std::string opened = host->Join(1, {host->address(), {}}).value_or("");
+  const auto made = Host::Create(0, [] { return kLong; });
+  const std::string opened = host->Open(1, host->address()).value_or("");
   EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
   const auto* problem = std::get_if<std::string>(&made);
   EP_CHECK_EQ(problem == nullptr ? "" : *problem, "memfd_create: Too many open files");
-  EP_CHECK_EQ(opened, "the board of process 0 (pid " + Show(getpid()) +
+  EP_CHECK_EQ(opened, "the board of process 1 (pid " + Show(getpid()) +
                           ") cannot be opened: open /proc/" + Show(getpid()) + "/fd/" +
                           Show(host->address().number) + ": Too many open files");
 }
@@ -371,10 +369,8 @@ EP_TEST(BoardThatCannotBeMadeOrOpenedIsReported) {
 EP_TEST(BoardThatIsNotThereIsReported) {
   const std::unique_ptr<Host> host = NewHost();
   const BoardAddress nowhere = {.process = getpid(), .number = 1'000'000};
-  const std::string problem =
-      host->Join(0, {host->address(), nowhere}).value_or("no problem");
+  const std::string problem = host->Open(1, nowhere).value_or("no problem");
   EP_CHECK(problem.find("open /proc/") != std::string::npos);
-  EP_CHECK_EQ(host->num_processes(), 0);
 }
 
 }  // namespace

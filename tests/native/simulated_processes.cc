@@ -158,7 +158,7 @@ PendingSpanCall::PendingSpanCall(MeetingPoint& point, std::shared_ptr<const Span
       std::make_unique<Buffers>(call, num_ranks));
   Buffers* buffers = owner->get();
   point.Attend({// A process has its own number for the call.
-                .key = {.run_id = call.run_id,
+                .key = {.run_id = call.run_id + span->first_run,
                         .call_site = call.site + std::int64_t{100} * here,
                         .group = call.group},
                 .print = call.print,
@@ -296,11 +296,14 @@ PendingSpanCall SimulatedJob::Attend(const SpanCall& call) {
   // The job owns the channel; a span that did would end it on a thread of its own.
   const std::shared_ptr<Relay> relay(std::shared_ptr<void>(),
                                      own.channels[group].get());
-  return {
-      own.point,
-      std::make_shared<Span>(Span{
-          .process_of = process_of, .here = here, .site = call.site, .relay = relay}),
-      call, own.helpers.schedule()};
+  return {own.point,
+          std::make_shared<Span>(Span{
+              .process_of = process_of,
+              .here = here,
+              .site = call.site,
+              .first_run = 1000 * here,  // each counts runs from a number of its own
+              .relay = relay}),
+          call, own.helpers.schedule()};
 }
 
 bool SimulatedJob::Works(const SpanCall& call) {
