@@ -1,0 +1,256 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bad_plan.h"
+#include "check.h"
+#include "cuda/gather_rows.h"
+#include "cuda/reduce_rows.h"
+#include "cuda/row_dots.h"
+#include "cuda_launches.h"
+#include "numbers.h"
+#include "plan_reference.h"
+#include "stacked_ranks.h"
+
+namespace jax_ep {
+namespace {
+
+using Numbers32 = std::vector<std::int32_t>;
+
+constexpr std::int64_t kHidden = 4;
+constexpr std::int64_t kRowBytes = kHidden * 4;
+constexpr char kUntouched = 'U';
+
+// The operands and results of all kernels, and the plans of stacked ranks, of which a
+// test spoils those of the middle one. Peers' buffers are of exact size and lie apart,
+// the results have a guard on both sides, so that what is beside them is seen even
+// without a sanitizer.
+struct Exchange {
+  explicit Exchange(std::mt19937_64& rng)
+      : ranks({.num_ranks = 3,
+               .num_local_experts = 2,
+               .num_tokens = 3,
+               .num_topk = 3,
+               .capacity = 14,
+               .alignment = 2},
+              Routing::kUniform, rng),
+        weights(DType::kF32, ranks.num_choices()),
+        dout(DType::kF32, ranks.num_tokens() * kHidden) {
+    weights.FillRandomly(rng);
+    dout.FillRandomly(rng);
+    const Geometry& geometry = ranks.geometry;
+    for (std::int64_t rank = 0; rank < geometry.num_ranks; ++rank) {
+      x.emplace_back(DType::kF32, geometry.num_tokens * kHidden);
+      rows.emplace_back(DType::kF32, geometry.capacity * kHidden);
+      x.back().FillRandomly(rng);
+      rows.back().FillRandomly(rng);
+    }
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x_table.push_back(x[i].at(0));
+      rows_table.push_back(rows[i].at(0));
+      weights_table.push_back(
+          weights.at(static_cast<std::int64_t>(i) * geometry.choices_per_rank()));
+    }
+  }
+
+  // Where the middle rank's numbers begin in a field that has so many of each.
+  static std::size_t Middle(std::int64_t size) {
+    return static_cast<std::size_t>(size);
+  }
+
+  // The rows of all ranks. Returns an empty buffer if the kernel failed.
+  std::vector<char> Gather(bool scaled) const {
+    const Geometry& geometry = ranks.geometry;
+    const auto size = static_cast<std::size_t>(ranks.num_rows() * kRowBytes);
+    std::vector<char> result(size + 2 * kGuard, kUntouched);
+    const GatherRowsArgs args = {.x = PeerTable(x_table.data()),
+                                 .weights = PeerTable(weights_table.data()),
+                                 .recv_choice = ranks.recv_choice.data(),
+                                 .recv_row = ranks.recv_row.data(),
+                                 .recv_counts = ranks.recv_counts.data(),
+                                 .group_sizes = ranks.group_sizes.data(),
+                                 .group_rows = ranks.group_rows.data(),
+                                 .rows = result.data() + kGuard,
+                                 .num_ranks = geometry.num_ranks,
+                                 .num_tokens = geometry.num_tokens,
+                                 .num_topk = geometry.num_topk,
+                                 .num_local_experts = geometry.num_local_experts,
+                                 .capacity = geometry.capacity,
+                                 .hidden = kHidden,
+                                 .row_bytes = kRowBytes,
+                                 .dtype = DType::kF32,
+                                 .scaled = scaled,
+                                 .zero_tail = true};
+    EP_CHECK_RAN((scaled ? ScaleRows : CopyRows)(args, geometry.num_ranks, nullptr));
+    return result;
+  }
+
+  // What ReduceRows or RowDots, which have these arguments in common, are given.
+  template <typename Args>
+  Args Common() const {
+    Args args = {};
+    args.rows = PeerTable(rows_table.data());
+    args.topk_idx = ranks.topk_idx.data();
+    args.send_row = ranks.send_row.data();
+    args.num_ranks = ranks.geometry.num_ranks;
+    args.num_tokens = ranks.geometry.num_tokens;
+    args.num_topk = ranks.geometry.num_topk;
+    args.num_local_experts = ranks.geometry.num_local_experts;
+    args.capacity = ranks.geometry.capacity;
+    args.hidden = kHidden;
+    args.dtype = DType::kF32;
+    return args;
+  }
+
+  // The sums of all ranks' tokens, and behind them the products of their choices.
+  std::vector<char> Pull() const {
+    const auto sums = static_cast<std::size_t>(ranks.num_tokens() * kRowBytes);
+    const auto dots = static_cast<std::size_t>(ranks.num_choices()) * sizeof(float);
+    std::vector<char> result(sums + dots, kUntouched);
+    auto reduce = Common<ReduceRowsArgs>();
+    reduce.weights = static_cast<const float*>(weights.at(0));
+    reduce.out = result.data();
+    EP_CHECK_RAN(ReduceRows(reduce, ranks.geometry.num_ranks, nullptr));
+    auto multiply = Common<RowDotsArgs>();
+    multiply.dout = dout.at(0);
+    multiply.dots = reinterpret_cast<float*>(result.data() + sums);
+    EP_CHECK_RAN(RowDots(multiply, ranks.geometry.num_ranks, nullptr));
+    return result;
+  }
+
+  static constexpr std::size_t kGuard = 4 * kRowBytes;
+
+  StackedRanks ranks;
+  Numbers weights;
+  Numbers dout;
+  std::vector<Numbers> x;
+  std::vector<Numbers> rows;
+  std::vector<const void*> x_table;
+  std::vector<const void*> rows_table;
+  std::vector<const void*> weights_table;
+};
+
+// Has the middle rank leave a row untouched.
+std::vector<char> WithoutRow(std::vector<char> result, std::int64_t capacity,
+                             std::int32_t row) {
+  const std::int64_t start = (capacity + row) * kRowBytes;
+  std::fill_n(result.begin() + Exchange::kGuard + start, kRowBytes, kUntouched);
+  return result;
+}
+
+EP_TEST(EntriesOutOfRangeAreLeftOut) {
+  std::mt19937_64 rng(1);
+  Exchange exchange(rng);
+  StackedRanks& ranks = exchange.ranks;
+  const std::int64_t capacity = ranks.geometry.capacity;
+  const std::size_t first = Exchange::Middle(capacity);
+  const std::size_t counts = Exchange::Middle(ranks.geometry.num_ranks);
+  const std::int32_t received = ranks.recv_counts[counts] +
+                                ranks.recv_counts[counts + 1] +
+                                ranks.recv_counts[counts + 2];
+  EP_CHECK(received > 3);
+  for (const bool scaled : {false, true}) {
+    const std::vector<char> good = exchange.Gather(scaled);
+    for (std::size_t i = first; i < first + static_cast<std::size_t>(received); ++i) {
+      const std::vector<char> wanted = WithoutRow(good, capacity, ranks.recv_row[i]);
+      const auto check = [&](Numbers32& field, const char* name, std::int32_t value) {
+        const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value));
+        const std::int32_t kept = std::exchange(field[i], value);
+        EP_CHECK(exchange.Gather(scaled) == wanted);
+        field[i] = kept;
+      };
+      for (const auto value : NumbersOutside(ranks.num_choices())) {
+        check(ranks.recv_choice, "recv_choice", value);
+      }
+      for (const auto value : NumbersOutside(capacity)) {
+        check(ranks.recv_row, "recv_row", value);
+      }
+    }
+  }
+}
+
+// Counts that cannot be spoil the rows of their rank at most.
+EP_TEST(CountsThatCannotBeAreKeptInBounds) {
+  std::mt19937_64 rng(2);
+  Exchange exchange(rng);
+  StackedRanks& ranks = exchange.ranks;
+  const Geometry& geometry = ranks.geometry;
+  const auto own =
+      static_cast<std::ptrdiff_t>(Exchange::kGuard + geometry.capacity * kRowBytes);
+  const std::int64_t own_bytes = geometry.capacity * kRowBytes;
+  for (const bool scaled : {false, true}) {
+    std::vector<char> good = exchange.Gather(scaled);
+    std::fill_n(good.begin() + own, own_bytes, '\0');
+    const auto check = [&](Numbers32& field, const char* name, std::int64_t size) {
+      for (std::size_t i = Exchange::Middle(size); i < Exchange::Middle(2 * size);
+           ++i) {
+        for (const auto value : NumbersOutside(geometry.capacity)) {
+          const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value));
+          const std::int32_t kept = std::exchange(field[i], value);
+          std::vector<char> got = exchange.Gather(scaled);
+          std::fill_n(got.begin() + own, own_bytes, '\0');
+          EP_CHECK(got == good);
+          field[i] = kept;
+        }
+      }
+    };
+    check(ranks.recv_counts, "recv_counts", geometry.num_ranks);
+    check(ranks.group_sizes, "group_sizes", geometry.num_local_experts);
+    check(ranks.group_rows, "group_rows", geometry.num_local_experts);
+  }
+}
+
+EP_TEST(EntriesWithoutChoicesAreLeftOut) {
+  std::mt19937_64 rng(3);
+  for (const bool has_tokens : {false, true}) {
+    Exchange exchange(rng);
+    exchange.ranks.geometry.num_tokens = has_tokens ? 3 : 0;
+    exchange.ranks.geometry.num_topk = has_tokens ? 0 : 3;
+    std::ranges::fill(exchange.ranks.group_sizes, 0);
+    std::ranges::fill(exchange.ranks.group_rows, 0);
+    for (const bool scaled : {false, true}) {
+      const std::vector<char> got = exchange.Gather(scaled);
+      const auto begin = got.begin() + Exchange::kGuard;
+      EP_CHECK(std::all_of(begin, got.end() - Exchange::kGuard,
+                           [](char c) { return c == '\0'; }));
+    }
+  }
+}
+
+// A choice whose row or expert is out of range counts as dropped.
+EP_TEST(ChoicesOutOfRangeAreLeftOut) {
+  std::mt19937_64 rng(4);
+  Exchange exchange(rng);
+  StackedRanks& ranks = exchange.ranks;
+  const std::int64_t own = ranks.geometry.choices_per_rank();
+  for (std::size_t i = Exchange::Middle(own); i < Exchange::Middle(2 * own); ++i) {
+    const std::int32_t row = std::exchange(ranks.send_row[i], kDropped);
+    const std::vector<char> wanted = exchange.Pull();
+    const auto check = [&](Numbers32& field, const char* name, std::int64_t size) {
+      for (const auto value : NumbersOutside(size)) {
+        const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value));
+        const std::int32_t kept = std::exchange(field[i], value);
+        EP_CHECK(exchange.Pull() == wanted);
+        field[i] = kept;
+      }
+    };
+    check(ranks.send_row, "send_row", ranks.geometry.capacity);
+    ranks.send_row[i] = row;
+    check(ranks.topk_idx, "topk_idx", ranks.geometry.num_experts());
+  }
+}
+
+EP_TEST(ChoicesOfNoExpertsAreLeftOut) {
+  std::mt19937_64 rng(5);
+  Exchange exchange(rng);
+  exchange.ranks.geometry.num_local_experts = 0;
+  const std::vector<char> got = exchange.Pull();
+  EP_CHECK(std::ranges::all_of(got, [](char c) { return c == '\0'; }));
+}
+
+}  // namespace
+}  // namespace jax_ep
