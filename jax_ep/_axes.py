@@ -31,7 +31,7 @@ def resolve_axis(axis_name: AxisName) -> tuple[Binding, int]:
     """
     if axis_name is None:
         return "none", 1
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    names: tuple[str, ...] = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, tuple):
         raise TypeError(f"axis_name must be a name, a tuple of names or None; got {axis_name!r}.")
     if not names:

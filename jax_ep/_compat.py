@@ -8,6 +8,7 @@ import jaxlib.version
 from jax._src import core, dispatch, distributed
 from jax._src.mesh import get_concrete_mesh
 from jax.extend.core import Primitive as Primitive
+from jax.interpreters import ad
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -45,10 +46,20 @@ def trace_platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.platform
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return (
         default if isinstance(default, str) else getattr(default, "platform", jax.default_backend())
     )
+
+
+def debug_nans() -> bool:
+    """Tells whether JAX looks for NaNs in every result."""
+    return jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def zero_tangent(x: jax.Array) -> Any:
+    """Returns the symbolic zero that is the tangent of what does not depend on anything."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def lower_for_devices(primitive: Primitive) -> None:

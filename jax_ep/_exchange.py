@@ -16,10 +16,12 @@ from jax.interpreters import ad, batching
 from jax_ep._axes import Place
 from jax_ep._compat import (
     Primitive,
+    debug_nans,
     has_context_devices,
     lower_for_devices,
     result_type,
     vary_together,
+    zero_tangent,
 )
 from jax_ep._layout import Layout
 from jax_ep._lowering import register_lowerings
@@ -83,7 +85,7 @@ def _primitive(binding: str) -> Primitive:
 
 def _readable(layout: Layout) -> Layout:
     # What nobody wrote may look like a NaN, and would be reported as ours.
-    return dataclasses.replace(layout, tail="zero") if jax.config.jax_debug_nans else layout
+    return dataclasses.replace(layout, tail="zero") if debug_nans() else layout
 
 
 def _payload_index(op: Op) -> int:
@@ -167,7 +169,7 @@ def _jvp(
             operands = [*primals[:i], tangents[i], *primals[i + 1 :]]
             terms += bind(*operands, call=_derived(call, "derivative"))
     if not terms:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+        return out, [zero_tangent(x) for x in out]
     return out, [functools.reduce(ad.add_jaxvals, terms)]
 
 

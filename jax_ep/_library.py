@@ -94,12 +94,14 @@ def register() -> None:
       >>> import jax_ep
       >>> jax_ep.register()
     """
-    platforms = {device.platform for device in jax.local_devices()} | {"cpu"}
-    usable = [p for p in _FILES if p in platforms and library_problem(p) is None]
+    present = {device.platform for device in jax.local_devices()} | {"cpu"}
+    platforms: tuple[Platform, ...] = ("cpu", "gpu")
+    usable = [platform for platform in platforms if library_problem(platform) is None]
     if not usable:
         raise NotImplementedError(str(library_problem("cpu")))
     for platform in usable:
-        register_handlers(platform)
+        if platform in present:
+            register_handlers(platform)
 
 
 def register_handlers(platform: Platform) -> None:

@@ -137,13 +137,13 @@ def check_arrays(plan: Plan) -> None:
     """
     choices, capacity = (plan.num_tokens, plan.num_topk), (plan.capacity,)
     local = (plan.num_local_experts,)
-    shapes = Route(choices, choices, capacity, capacity, (plan.num_ranks,), local, local, ())
+    shapes = (choices, choices, capacity, capacity, (plan.num_ranks,), local, local, ())
     for name, shape, array in zip(Route._fields, shapes, plan._route, strict=True):
-        dtype = jnp.uint32 if name == "fingerprint" else jnp.int32
+        dtype = jnp.dtype("uint32" if name == "fingerprint" else "int32")
         if array.dtype != dtype or array.shape != shape:
             error = TypeError if array.dtype != dtype else ValueError
             raise error(
                 f"plan must be as make_plan made it, for one rank: its {name} has type "
-                f"{jnp.dtype(dtype).name}{list(shape)}; got {array.dtype.name}{list(array.shape)}. "
+                f"{dtype.name}{list(shape)}; got {array.dtype.name}{list(array.shape)}. "
                 "A plan is not for averaging, casting or reshaping."
             )
