@@ -50,7 +50,8 @@ def resolve_axis(axis_name: AxisName) -> tuple[Binding, int]:
             f"axis_name must be mesh axes only, or one vmap axis; got {axis_name!r}, not all of "
             "which are mesh axes."
         )
-    return "vmap", sizes[names[0]]
+    [name] = names
+    return "vmap", sizes[name]
 
 
 def check_use(plan: Plan) -> Binding:

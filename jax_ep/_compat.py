@@ -87,6 +87,12 @@ def concrete_mesh(ctx: Any) -> Any | None:
     return mesh if isinstance(mesh, jax.sharding.Mesh) and not for_export else None
 
 
+def run_primitive(primitive: Primitive, *operands: jax.Array, **params: Any) -> Any:
+    """Compiles and runs a primitive by itself, for where nothing traces it."""
+    # Under jax_debug_nans a plain jax.jit of it would look for the NaN within, without an end.
+    return dispatch.apply_primitive(primitive, *operands, **params)
+
+
 def distributed_client() -> Any:
     """Returns the client of the key-value store of JAX's distributed runtime, or None."""
     return distributed.global_state.client

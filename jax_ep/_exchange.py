@@ -20,6 +20,7 @@ from jax_ep._compat import (
     has_context_devices,
     lower_for_devices,
     result_type,
+    run_primitive,
     vary_together,
     zero_tangent,
 )
@@ -92,14 +93,9 @@ def _payload_index(op: Op) -> int:
     return len(Place._fields) if op == "plan" else _NUM_FIXED
 
 
-def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
-    with jax.disable_jit(False):  # It runs compiled or not at all.
-        return _compiled(layout=_readable(layout), **params)(*operands)
-
-
-@functools.lru_cache(maxsize=512)
-def _compiled(**params: Any) -> Any:
-    return jax.jit(functools.partial(_primitive(params["binding"]).bind, **params))
+def _impl(*operands: Any, layout: Layout, binding: str, **params: Any) -> list[jax.Array]:
+    params |= {"layout": _readable(layout), "binding": binding}
+    return run_primitive(_primitive(binding), *operands, **params)
 
 
 def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import threading
 import warnings
+from typing import get_args
 
 import jax
 
@@ -95,10 +96,9 @@ def register() -> None:
       >>> jax_ep.register()
     """
     present = {device.platform for device in jax.local_devices()} | {"cpu"}
-    platforms: tuple[Platform, ...] = ("cpu", "gpu")
-    usable = [platform for platform in platforms if library_problem(platform) is None]
+    usable: list[Platform] = [p for p in get_args(Platform) if library_problem(p) is None]
     if not usable:
-        raise NotImplementedError(str(library_problem("cpu")))
+        raise NotImplementedError(library_problem("cpu"))
     for platform in usable:
         if platform in present:
             register_handlers(platform)

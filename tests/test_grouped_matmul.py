@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_ep._grouped_matmul import grouped_matmul, ragged_matmul, ragged_outer
+from jax_ep import grouped_matmul
+from jax_ep._ragged_dot import ragged_matmul, ragged_outer
 from jax_ep._row_blocks import matmul_blocks, outer_blocks
 
 HIDDEN, FFN_HIDDEN = 5, 3
