@@ -42,16 +42,16 @@ def resolve_axis(axis_name: AxisName) -> tuple[Binding, int]:
             "axis_name must name a mesh axis inside jax.shard_map, or the axis_name of an "
             f"enclosing jax.vmap; got {axis_name!r}."
         )
+    num_ranks = math.prod(sizes[name] for name in names)
     manual = [name in manual_axes() for name in names]
     if all(manual):
-        return "mesh", math.prod(sizes[name] for name in names)
+        return "mesh", num_ranks
     if any(manual) or len(names) > 1:
         raise ValueError(
             f"axis_name must be mesh axes only, or one vmap axis; got {axis_name!r}, not all of "
             "which are mesh axes."
         )
-    [name] = names
-    return "vmap", sizes[name]
+    return "vmap", num_ranks
 
 
 def check_use(plan: Plan) -> Binding:
