@@ -14,7 +14,8 @@ namespace jax_ep {
 // out.
 void Report(const std::string& text);
 
-// Takes the text in place of stderr; null stands for stderr. It must not call back.
+// Takes the text in place of stderr, one at a time; null stands for stderr. It must not
+// call back.
 using ReportSink = std::function<void(const std::string& text)>;
 
 // For tests. Returns the sink until now.
