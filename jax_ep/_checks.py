@@ -1,5 +1,7 @@
 """Static checks of arguments: each error names argument, requirement and what was given."""
 
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,25 @@ def check_positive(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def check_seconds(name: str, value: object, least: float) -> None:
+    """Checks that a time is a real number of seconds, finite and at least ``least``.
+
+    Raises:
+      TypeError: ``value`` is a bool or no real number.
+      ValueError: it is too small or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a real number; got {value!r} of type {type(value).__name__}."
+        )
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not least <= seconds < math.inf:
+        raise ValueError(f"{name} must be finite and at least {least:g}; got {value!r}.")
 
 
 def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jax_ep import _processes
 from jax_ep._axes import Place
+from jax_ep._checks import check_seconds
 from jax_ep._compat import result_type, trace_platform, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._library import describe, library, library_problem, register_handlers, warn_once
@@ -97,23 +98,28 @@ def set_wait_timeout(seconds: float) -> float:
     """Sets how long a rank of this process waits for its peers before the call fails.
 
     On expiry every rank that was waiting gets an error that names the op, the rank, the peers that
-    did not come and the time waited; the process goes on. It holds for waits that begin later.
+    did not come and the time waited, and one line on stderr says the same at once; the process goes
+    on. It holds for waits that begin later.
 
     Between processes it bounds each wait of an exchange for another process, and how long the first
-    trace waits for the others to say on which host they run. Set it alike in all of them.
+    trace waits for the others to say on which host they run. Set it alike in all of them; setting
+    it waits for none of them.
+
+    What XLA's own collectives wait is XLA's affair. By default they end the process when a rank has
+    not come for a minute, so choose less than that if the program has any.
 
     Args:
-      seconds: the new limit, above 0. It is 60 until set.
+      seconds: the new limit, at least 0.001. It is 30 until set.
 
     Returns:
       The limit until now.
 
     Raises:
-      ValueError: ``seconds`` is not a positive finite number.
+      TypeError: ``seconds`` is not a real number.
+      ValueError: ``seconds`` is below 0.001 or not finite.
       NotImplementedError: the native library cannot be loaded, so nothing would wait.
     """
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"seconds must be a positive finite number; got {seconds}.")
+    check_seconds("seconds", seconds, 0.001)
     if (reason := library_problem("cpu")) is not None:
         raise NotImplementedError(reason)
     return library("cpu").jax_ep_set_wait_timeout(float(seconds))

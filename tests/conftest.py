@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-from implementations import NAMES, ROWS, Row, require  # noqa: E402
+from implementations import DEFAULT_WAIT, NAMES, ROWS, Row, require  # noqa: E402
 
 import jax_ep  # noqa: E402
 
@@ -73,8 +73,8 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def wait_timeout() -> Iterator[None]:
-    """Puts the bound on waiting back to what it was."""
-    before = jax_ep.set_wait_timeout(60.0)
-    yield
+def wait_timeout() -> Iterator[float]:
+    """Puts the bound on waiting to its default, and back to what it was."""
+    before = jax_ep.set_wait_timeout(DEFAULT_WAIT)
+    yield DEFAULT_WAIT
     jax_ep.set_wait_timeout(before)

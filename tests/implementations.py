@@ -20,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jax_ep
 
 AXIS = "expert"
+DEFAULT_WAIT = 30.0
 PerRank = Callable[..., Any]
 
 

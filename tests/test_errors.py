@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fractions
+import math
 import os
 import pathlib
 import re
@@ -179,10 +181,29 @@ def test_suggest_capacity(changes: dict, argument: str, given: object) -> None:
         jax_ep.suggest_capacity(**{**arguments, **changes})
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
-def test_set_wait_timeout(wait_timeout: None, seconds: float) -> None:
-    with raises(ValueError, "seconds", str(seconds)):
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        *[(ValueError, bad) for bad in (0.0, -1.0, 1e-9, 0.00099, 0, math.nan, math.inf, 10**400)],
+        *[(TypeError, bad) for bad in (True, False, np.True_, None, "30", 1j, [30.0])],
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_set_wait_timeout(wait_timeout: float, error: type[Exception], seconds: object) -> None:
+    required = "finite and at least 0.001" if error is ValueError else "a real number"
+    with pytest.raises(
+        error, match=rf"^seconds must be {required}; got {re.escape(repr(seconds))}"
+    ):
         jax_ep.set_wait_timeout(seconds)
+    assert jax_ep.set_wait_timeout(wait_timeout) == wait_timeout, "it was not changed"
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.001, 1, np.float32(2), np.int64(3), fractions.Fraction(5, 2)]
+)
+def test_set_wait_timeout_takes_real_numbers(wait_timeout: float, seconds: float) -> None:
+    jax_ep.set_wait_timeout(seconds)
+    assert jax_ep.set_wait_timeout(wait_timeout) == float(seconds)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fabric is VMAP], ids=str)

@@ -68,8 +68,10 @@ def combine(plan: jax_ep.Plan, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("op", [dispatch, combine])
 @pytest.mark.parametrize("absentees", [[2], [0, 3]], ids=str)
-def test_a_rank_that_never_comes(op, absentees: list[int]) -> None:
-    """The call fails in time and says who did not come and for how long it waited."""
+def test_a_rank_that_never_comes(
+    op, absentees: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The call fails in time and says who did not come and for how long it waited, twice."""
     problem = Problem.of(0)
     program = ROW.jit(absent(op, absentees), R).lower(problem.x, problem.topk_idx).compile()
     jax_ep.set_wait_timeout(WAIT)
@@ -81,6 +83,13 @@ def test_a_rank_that_never_comes(op, absentees: list[int]) -> None:
     ranks = ", ".join(map(str, absentees))
     assert re.search(
         rf"{op.__name__}.* rank \d of {R} .*waited {WAIT} s for ranks? {ranks} ", str(caught.value)
+    )
+    present = ", ".join(str(rank) for rank in range(R) if rank not in absentees)
+    (said,) = re.findall(r"^jax_ep .*$", capfd.readouterr().err, re.MULTILINE)
+    assert re.fullmatch(
+        rf"jax_ep {op.__name__}.*: ranks {present} of {R} gave up, because rank \d waited {WAIT} s "
+        rf"for ranks? {ranks} to come",
+        said,
     )
     works(problem)
 
@@ -100,7 +109,7 @@ def test_a_rank_that_never_plans() -> None:
     works(problem)
 
 
-def test_it_goes_on_after_many_failures() -> None:
+def test_it_goes_on_after_many_failures(wait_timeout: float) -> None:
     problem = Problem.of(1)
     program = ROW.jit(absent(dispatch, [1]), R).lower(problem.x, problem.topk_idx).compile()
     works(problem)
@@ -108,7 +117,7 @@ def test_it_goes_on_after_many_failures() -> None:
     for _ in range(5):
         with pytest.raises(jax.errors.JaxRuntimeError, match="dispatch"):
             jax.block_until_ready(program(problem.x, problem.topk_idx))
-    jax_ep.set_wait_timeout(60)
+    jax_ep.set_wait_timeout(wait_timeout)
     for _ in range(5):
         works(problem)
 
@@ -200,6 +209,6 @@ def test_a_failure_fails_no_other_program() -> None:
         close(result, there_and_back(problem))
 
 
-def test_the_bound_is_kept() -> None:
-    assert jax_ep.set_wait_timeout(2.5) == 60.0
-    assert jax_ep.set_wait_timeout(60.0) == 2.5
+def test_the_bound_is_kept(wait_timeout: float) -> None:
+    assert jax_ep.set_wait_timeout(2.5) == wait_timeout
+    assert jax_ep.set_wait_timeout(wait_timeout) == 2.5

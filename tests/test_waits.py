@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import require
+from implementations import DEFAULT_WAIT, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,7 +93,9 @@ def test_the_message_comes_before_xla_ends_the_process() -> None:
     )
     errors = ends_in_time(child, 3 * WAIT)
     assert child.returncode < 0, errors
-    assert SAID.search(errors).start() < errors.index("Termination timeout"), errors
+    said = SAID.search(errors)
+    assert said is not None
+    assert said.start() < errors.index("Termination timeout"), errors
 
 
 def call(mesh: Mesh, *, then_collect: bool = False) -> jax.Array:
@@ -118,7 +120,7 @@ def call(mesh: Mesh, *, then_collect: bool = False) -> jax.Array:
         for a in (np.ones((8, 4), np.float32), np.arange(mesh.size) < 0, np.arange(mesh.size) == 1)
     )
     jax.block_until_ready(program(x, nobody))
-    jax_ep.set_wait_timeout(WAIT)
+    assert jax_ep.set_wait_timeout(WAIT) == DEFAULT_WAIT
     if jax.process_index() == 1:
         time.sleep(LIMIT)
     result = program(x, one)
@@ -127,6 +129,8 @@ def call(mesh: Mesh, *, then_collect: bool = False) -> jax.Array:
 
 
 def one_of_two(port: str, process: str) -> None:
+    # Needs no other process, and starts nothing that JAX must be the first to start.
+    jax_ep.set_wait_timeout(DEFAULT_WAIT)
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         num_processes=2,

@@ -18,6 +18,7 @@
  *   NO_LEADER       each process takes the call that came first there
  *   UNBOUNDED       no wait expires
  *   SILENT          a process that gives up does not say so
+ *   HIDDEN          one that gives up before it has shown its words says so in words nobody finds
  */
 
 #ifndef PROCESSES
@@ -65,14 +66,19 @@ byte call_of[CALLS + 1];                /* by epoch */
 #define CELL(process, epoch, cell) window[((process) * HALVES + HALF(epoch)) * CELLS + (cell)]
 #define KNOWN(of) step_known[me * PROCESSES + (of)]
 
+/* Words can be read by those who find them. */
+#define TELLS(process) (key[process] && gave_up[process])
+
 /* Calls 1 and 2 come together in any order, call 3 after call 1. */
 #define READY(call) (!(done & (1 << (call))) && ((call) != 3 || (done & 2)))
 
 #if PROCESSES == 2
 #define ANY(words) (words[0] || words[1])
+#define ANY_TELLS (TELLS(0) || TELLS(1))
 #define ALL_OTHERS_KNOWN(step) ((me == 0 || KNOWN(0) >= (step)) && (me == 1 || KNOWN(1) >= (step)))
 #elif PROCESSES == 3
 #define ANY(words) (words[0] || words[1] || words[2])
+#define ANY_TELLS (TELLS(0) || TELLS(1) || TELLS(2))
 #define ALL_OTHERS_KNOWN(step) \
   ((me == 0 || KNOWN(0) >= (step)) && (me == 1 || KNOWN(1) >= (step)) && \
    (me == 2 || KNOWN(2) >= (step)))
@@ -81,8 +87,7 @@ byte call_of[CALLS + 1];                /* by epoch */
 #ifdef UNBOUNDED
 #define EXPIRED(other) false
 #else
-/* While it connects, epoch 0, a process does not look who has given up. */
-#define EXPIRED(other) (!patient || stopped[other] || (epoch > 0 && ANY(gave_up)))
+#define EXPIRED(other) (!patient || stopped[other] || ANY_TELLS)
 #endif
 
 /* One step. */
@@ -127,6 +132,7 @@ inline Learn(other, flag, step) {
 proctype Process(byte me) {
   byte epoch, call, done, other, cell, seen;
 
+  RANKS_COME;
   STEP(files[me] = 1);
   STEP(key[me] = 1);
   FOR_OTHERS(
@@ -205,6 +211,12 @@ proctype Process(byte me) {
 give_up:
   assert(!patient || faulty[me] || ANY(stopped) || ANY(gave_up));
 #ifndef SILENT
+#ifndef HIDDEN
+  if
+  :: !key[me] -> STEP(files[me] = 1); STEP(key[me] = 1)
+  :: else
+  fi;
+#endif
   STEP(gave_up[me] = (epoch > 0 -> epoch : 1));
 #endif
 
