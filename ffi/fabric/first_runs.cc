@@ -19,6 +19,28 @@ constexpr std::chrono::milliseconds kPoll{1};
 
 }  // namespace
 
+// The ranks that have done so less often than this one.
+std::vector<std::int32_t> FirstRuns::Behind(const Pending& pending, Count count) {
+  const FirstRun& run = pending.run;
+  std::vector<std::int32_t> behind;
+  for (std::size_t i = 0; i < run.process_of.size(); ++i) {
+    const auto rank = static_cast<std::int32_t>(i);
+    const auto* theirs = pending.host->FirstRunsOf(run.process_of[i], run.group, rank);
+    const std::int32_t done =
+        theirs == nullptr ? 0 : (theirs->*count).load(std::memory_order_relaxed);
+    if (done < pending.turn) behind.push_back(rank);
+  }
+  return behind;
+}
+
+bool FirstRuns::AreAlive(const Pending& pending,
+                         const std::vector<std::int32_t>& ranks) {
+  return std::ranges::all_of(ranks, [&](std::int32_t rank) {
+    const auto process = pending.run.process_of[static_cast<std::size_t>(rank)];
+    return pending.host->IsAlive(process);
+  });
+}
+
 FirstRuns::~FirstRuns() {
   {
     const std::scoped_lock lock(mutex_);
@@ -29,9 +51,9 @@ FirstRuns::~FirstRuns() {
 }
 
 void FirstRuns::Await(Host& host, FirstRun run, Told told) {
-  const auto turn = host.BeginFirstRun(run.group, run.rank);
-  if (!turn) {
-    told({.failure = "this process has ranks in too many groups"});
+  Board::FirstRunsOfRank* own = host.OwnFirstRuns(run.group, run.rank);
+  if (own == nullptr) {
+    told({.failure = run.call + ": this process has ranks in too many groups"});
     return;
   }
   const auto timeout = timeout_();
@@ -40,7 +62,8 @@ void FirstRuns::Await(Host& host, FirstRun run, Told told) {
       {.host = &host,
        .run = std::move(run),
        .told = std::move(told),
-       .turn = *turn,
+       .own = own,
+       .turn = own->begun.fetch_add(1, std::memory_order_relaxed) + 1,
        .deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                       std::min(timeout, kLongestWait)),
        .timeout = timeout});
@@ -88,39 +111,39 @@ void FirstRuns::Watch() {
 
 // What turned out to be no first run, or failed, does not count.
 void FirstRuns::TakeBack(const Pending& pending) {
-  pending.host->EndFirstRun(pending.run.group, pending.run.rank);
+  if (pending.met) pending.own->met.fetch_sub(1, std::memory_order_relaxed);
+  pending.own->begun.fetch_sub(1, std::memory_order_relaxed);
   for (Pending& other : pending_) {
-    if (other.run.group == pending.run.group && other.run.rank == pending.run.rank &&
-        other.turn > pending.turn) {
-      --other.turn;
-    }
+    if (other.own == pending.own && other.turn > pending.turn) --other.turn;
   }
 }
 
-std::optional<FirstRuns::Outcome> FirstRuns::Look(const Pending& pending) {
-  const std::vector<std::int32_t> missing = Missing(pending);
-  if (missing.empty()) return Outcome{};
+// A rank that has begun may give up, and another that has seen it begin would go on
+// alone. So ranks also say that they have seen all others: none of those gives up.
+std::optional<FirstRuns::Outcome> FirstRuns::Look(Pending& pending) {
+  if (pending.met) return LookWhetherAllMet(pending);
+  const auto missing = Behind(pending, &Board::FirstRunsOfRank::begun);
+  if (missing.empty()) {
+    pending.met = true;
+    pending.own->met.fetch_add(1, std::memory_order_relaxed);
+    pending.deadline += std::chrono::duration_cast<Clock::duration>(
+        std::min(pending.timeout, kLongestWait));
+    return std::nullopt;
+  }
   if (auto known = CallOfOthers(pending)) return Outcome{.known = known};
-  const bool ended = std::ranges::any_of(missing, [&](std::int32_t rank) {
-    return !pending.host->IsAlive(
-        pending.run.process_of[static_cast<std::size_t>(rank)]);
-  });
-  if (!ended && Clock::now() < pending.deadline) return std::nullopt;
-  return Outcome{.failure =
-                     Describe(pending, missing) + (ended ? "; one has ended" : "")};
+  if (AreAlive(pending, missing) && Clock::now() < pending.deadline)
+    return std::nullopt;
+  return Fail(pending, missing);
 }
 
-// The ranks that have not begun as many first runs as this one.
-std::vector<std::int32_t> FirstRuns::Missing(const Pending& pending) const {
-  const FirstRun& run = pending.run;
-  std::vector<std::int32_t> missing;
-  for (std::size_t i = 0; i < run.process_of.size(); ++i) {
-    const auto rank = static_cast<std::int32_t>(i);
-    if (pending.host->FirstRunsOf(run.process_of[i], run.group, rank) < pending.turn) {
-      missing.push_back(rank);
-    }
-  }
-  return missing;
+// Those that have not met this one yet either will, soon, or had given up before.
+std::optional<FirstRuns::Outcome> FirstRuns::LookWhetherAllMet(const Pending& pending) {
+  const auto missing = Behind(pending, &Board::FirstRunsOfRank::met);
+  if (missing.empty()) return Outcome{};
+  const auto gave_up = Behind(pending, &Board::FirstRunsOfRank::begun);
+  const bool go_on = gave_up.empty() && AreAlive(pending, missing);
+  if (go_on && Clock::now() < pending.deadline) return std::nullopt;
+  return Fail(pending, gave_up.empty() ? missing : gave_up);
 }
 
 // The call of this kind in which another process waits, in the very execution that this
@@ -159,8 +182,8 @@ bool FirstRuns::IsAmbiguous(const Pending& pending) const {
   return std::ranges::adjacent_find(runs) != runs.end();
 }
 
-std::string FirstRuns::Describe(const Pending& pending,
-                                const std::vector<std::int32_t>& missing) {
+FirstRuns::Outcome FirstRuns::Fail(const Pending& pending,
+                                   const std::vector<std::int32_t>& missing) {
   const FirstRun& run = pending.run;
   std::string processes;
   std::int32_t last = -1;
@@ -170,12 +193,14 @@ std::string FirstRuns::Describe(const Pending& pending,
     processes += (last < 0 ? " of process " : ", ") + std::to_string(process);
     last = process;
   }
-  return run.call + ": rank " + std::to_string(run.rank) + " of " +
-         std::to_string(run.process_of.size()) +
-         " gave up, because it runs this call for the first time since it was "
-         "compiled, and " +
-         RankList(missing) + processes + " did not do so within " +
-         Seconds(pending.timeout);
+  const bool ended = !AreAlive(pending, missing);
+  return {.failure = run.call + ": rank " + std::to_string(run.rank) + " of " +
+                     std::to_string(run.process_of.size()) +
+                     " gave up, because it runs this call for the first time since it "
+                     "was compiled, and " +
+                     RankList(missing) + processes +
+                     (ended ? " had ended" : " did not do so within ") +
+                     (ended ? "" : Seconds(pending.timeout))};
 }
 
 }  // namespace jax_ep

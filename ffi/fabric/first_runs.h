@@ -1,6 +1,7 @@
 #ifndef JAX_EP_FFI_FABRIC_FIRST_RUNS_H_
 #define JAX_EP_FFI_FABRIC_FIRST_RUNS_H_
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -70,23 +71,28 @@ class FirstRuns {
     Host* host;
     FirstRun run;
     Told told;
+    Board::FirstRunsOfRank* own;
     std::int32_t turn;  // of this rank's first runs in its group
     Clock::time_point deadline;
     std::chrono::duration<double> timeout;
+    bool met = false;
   };
   struct Known {
     std::uint64_t kind;
     AgreedCall call;
   };
 
+  using Count = std::atomic<std::int32_t> Board::FirstRunsOfRank::*;
+
+  static std::vector<std::int32_t> Behind(const Pending& pending, Count count);
+  static bool AreAlive(const Pending& pending, const std::vector<std::int32_t>& ranks);
   void Watch();
   void TakeBack(const Pending& pending);
-  std::optional<Outcome> Look(const Pending& pending);
-  std::vector<std::int32_t> Missing(const Pending& pending) const;
+  std::optional<Outcome> Look(Pending& pending);
+  std::optional<Outcome> LookWhetherAllMet(const Pending& pending);
   std::optional<AgreedCall> CallOfOthers(const Pending& pending);
   bool IsAmbiguous(const Pending& pending) const;
-  static std::string Describe(const Pending& pending,
-                              const std::vector<std::int32_t>& missing);
+  static Outcome Fail(const Pending& pending, const std::vector<std::int32_t>& missing);
 
   const Timeout timeout_;
   std::mutex mutex_;  // guards all below

@@ -297,22 +297,11 @@ Board::FirstRunsOfRank* Host::OwnFirstRuns(std::int64_t group, std::int32_t rank
   return unused;
 }
 
-std::optional<std::int32_t> Host::BeginFirstRun(std::int64_t group, std::int32_t rank) {
-  Board::FirstRunsOfRank* own = OwnFirstRuns(group, rank);
-  if (own == nullptr) return std::nullopt;
-  return own->begun.fetch_add(1, std::memory_order_relaxed) + 1;
-}
-
-void Host::EndFirstRun(std::int64_t group, std::int32_t rank) {
-  OwnFirstRuns(group, rank)->begun.fetch_sub(1, std::memory_order_relaxed);
-}
-
-std::int32_t Host::FirstRunsOf(std::int32_t process, std::int64_t group,
-                               std::int32_t rank) {
+const Board::FirstRunsOfRank* Host::FirstRunsOf(std::int32_t process,
+                                                std::int64_t group, std::int32_t rank) {
   const Other* other = Find(process);
   const Board& board = other == nullptr ? *board_ : other->board();
-  const auto* found = FindKey(board.first_runs, Hash({rank}, group));
-  return found == nullptr ? 0 : found->begun.load(std::memory_order_relaxed);
+  return FindKey(board.first_runs, Hash({rank}, group));
 }
 
 bool Host::IsIn(std::int32_t process, const std::vector<std::int32_t>& process_of,

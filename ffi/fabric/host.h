@@ -32,10 +32,12 @@ struct Board {
 
   static constexpr std::size_t kMaxRanks = 4096;
 
-  // How often a rank has begun to run a call for the first time.
+  // How often a rank has begun to run a call for the first time, and how often it has
+  // seen all others of its group do so.
   struct FirstRunsOfRank {
     std::atomic<std::uint64_t> key;  // of group and rank; 0: nobody's
     std::atomic<std::int32_t> begun;
+    std::atomic<std::int32_t> met;
   };
 
   Bell opened;  // rung after words got their key
@@ -75,14 +77,14 @@ class Host {
   std::shared_ptr<Relay> ChannelOf(const std::vector<std::int32_t>& process_of,
                                    std::int64_t group);
 
-  // Says that a rank of this process begins a first run; returns how many it has begun,
-  // if there is room to say so. And that it was none.
-  std::optional<std::int32_t> BeginFirstRun(std::int64_t group, std::int32_t rank);
-  void EndFirstRun(std::int64_t group, std::int32_t rank);
+  // What this process says of first runs of one of its ranks, or null if there is no
+  // room to say it.
+  Board::FirstRunsOfRank* OwnFirstRuns(std::int64_t group, std::int32_t rank);
 
-  // What processes say: how many first runs a rank has begun, and whether the ranks of
-  // another one have come to an exchange, and to no later one.
-  std::int32_t FirstRunsOf(std::int32_t process, std::int64_t group, std::int32_t rank);
+  // What processes say: of a rank's first runs, or null, and whether the ranks of
+  // another process have come to an exchange, and to no later one.
+  const Board::FirstRunsOfRank* FirstRunsOf(std::int32_t process, std::int64_t group,
+                                            std::int32_t rank);
   bool IsIn(std::int32_t process, const std::vector<std::int32_t>& process_of,
             std::int64_t group, const ExchangeName& name);
   bool IsAlive(std::int32_t process);
@@ -101,7 +103,6 @@ class Host {
   Host(std::int32_t here, std::unique_ptr<SharedFile> file, Board* board,
        Timeout timeout);
   const Other* Find(std::int32_t process);
-  Board::FirstRunsOfRank* OwnFirstRuns(std::int64_t group, std::int32_t rank);
   std::variant<Neighbors, std::string> ConnectTo(const ChannelKey& key,
                                                  Clock::time_point deadline,
                                                  const Interruption& interruption);
