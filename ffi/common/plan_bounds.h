@@ -25,6 +25,13 @@ EP_HOST_DEVICE bool HasRow(const Args& args, std::int64_t choice) {
          IsIndex(args.topk_idx[choice], args.num_ranks * args.num_local_experts);
 }
 
+// The rank of the expert of a choice that has a row. In 32 bits, which take less time
+// to divide.
+template <typename Args>
+EP_HOST_DEVICE std::int32_t RankOf(const Args& args, std::int64_t choice) {
+  return args.topk_idx[choice] / static_cast<std::int32_t>(args.num_local_experts);
+}
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_FFI_COMMON_PLAN_BOUNDS_H_

@@ -26,11 +26,11 @@ std::int64_t ListTerms(const ReduceRowsArgs& args, std::int64_t t, ReduceTerm* t
       continue;
     }
     const std::int32_t row = args.send_row[choice];
-    const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
+    const std::int32_t rank = RankOf(args, choice);
     const ReduceTerm term = {
         .row = static_cast<const char*>(args.rows[rank]) + row * row_bytes,
         .weight = args.weights == nullptr ? 1.0F : args.weights[choice],
-        .rank = static_cast<std::int32_t>(rank),
+        .rank = rank,
     };
     std::int64_t i = count++;
     for (; i > 0 && terms[i - 1].rank > term.rank; --i) terms[i] = terms[i - 1];

@@ -19,19 +19,20 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t begin = chunk * TokensPerChunk(args);
   const std::int64_t end = std::min(begin + TokensPerChunk(args), args.num_tokens);
-  for (std::int64_t choice = begin * args.num_topk; choice < end * args.num_topk;
-       ++choice) {
-    if (!HasRow(args, choice)) {
-      NoteMissingRow(args, choice);
-      args.dots[choice] = 0;
-      continue;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const char* b = static_cast<const char*>(args.dout) + t * row_bytes;
+    for (std::int64_t k = 0; k < args.num_topk; ++k) {
+      const std::int64_t choice = t * args.num_topk + k;
+      if (!HasRow(args, choice)) {
+        NoteMissingRow(args, choice);
+        args.dots[choice] = 0;
+        continue;
+      }
+      const void* rows = args.rows[RankOf(args, choice)];
+      const char* a =
+          static_cast<const char*>(rows) + args.send_row[choice] * row_bytes;
+      args.dots[choice] = math.dot(args.dtype, a, b, args.hidden);
     }
-    const std::int32_t row = args.send_row[choice];
-    const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
-    const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
-    const char* b =
-        static_cast<const char*>(args.dout) + choice / args.num_topk * row_bytes;
-    args.dots[choice] = math.dot(args.dtype, a, b, args.hidden);
   }
 }
 

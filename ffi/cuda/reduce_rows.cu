@@ -24,16 +24,14 @@ __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& ter
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const auto topk = static_cast<int>(args.num_topk);
   const std::int64_t first = t * args.num_topk;
-  const std::int32_t* expert = args.topk_idx + first;
-  const auto local = static_cast<std::int32_t>(args.num_local_experts);
   int count = 0;
   for (int k = Lane(); k < topk; k += kWarpSize) {
     if (!HasRow(args, first + k)) continue;
-    const std::int32_t rank = expert[k] / local;
+    const std::int32_t rank = RankOf(args, first + k);
     int place = 0;
     for (int j = 0; j < topk; ++j) {
       if (!HasRow(args, first + j)) continue;
-      const std::int32_t other = expert[j] / local;
+      const std::int32_t other = RankOf(args, first + j);
       place += other < rank || (other == rank && j < k) ? 1 : 0;
     }
     terms.row[place] = static_cast<const char*>(args.rows[rank]) +

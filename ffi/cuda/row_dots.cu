@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) 
     float dot = 0;
     if (HasRow(args, choice)) {
       const std::int32_t row = args.send_row[choice];
-      const std::int64_t rank = args.topk_idx[choice] / args.num_local_experts;
-      const char* a = static_cast<const char*>(args.rows[rank]) + row * row_bytes;
+      const void* rows = args.rows[RankOf(args, choice)];
+      const char* a = static_cast<const char*>(rows) + row * row_bytes;
       const char* b =
           static_cast<const char*>(args.dout) + choice / args.num_topk * row_bytes;
       dot = Dot<E>(a, b, args.hidden);
