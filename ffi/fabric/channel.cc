@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "fabric/cores.h"
+#include "fabric/describe_words.h"
 #include "fabric/futex.h"
 #include "fabric/report.h"
 
@@ -80,54 +81,8 @@ SharedPrint PrintOf(const Meeting& meeting) {
   return shared;
 }
 
-std::string Describe(const SharedPrint& print) {
-  return std::string(print.op.data()) + " of [" + std::to_string(print.dims[0]) +
-         " rows, " + std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
-         std::to_string(print.plan);
-}
-
-// What may be all that differs between two prints.
-std::string DescribeSizes(const SharedPrint& one, const SharedPrint& other) {
-  if (one.lent_bytes == other.lent_bytes) return "";
-  const auto show = [](const SharedPrint& print) {
-    return std::string("[") + std::to_string(print.lent_bytes[0]) + ", " +
-           std::to_string(print.lent_bytes[1]) + "] bytes in the ";
-  };
-  return "; a rank publishes " + show(one) + "one and " + show(other) + "other";
-}
-
-// What a process in this phase is doing, after "process 1".
-const char* Doing(Phase phase) {
-  switch (phase) {
-    case Phase::kIdle:
-      return "between exchanges";
-    case Phase::kConnecting:
-      return "connecting";
-    case Phase::kFollowing:
-      return "waiting to be told what comes next";
-    case Phase::kMeeting:
-      return "waiting for its own ranks";
-    case Phase::kReusing:
-      return "waiting for its window to be read";
-    case Phase::kPublishing:
-      return "publishing";
-    case Phase::kAwaiting:
-      return "waiting for the others to publish";
-    case Phase::kPulling:
-      return "pulling";
-  }
-  return "in no known phase";
-}
-
 bool Works(Phase phase) {
   return phase == Phase::kPublishing || phase == Phase::kPulling;
-}
-
-// "pulling, in epoch 5"
-std::string LastSeen(const Neighbor& neighbor) {
-  const ProcessWords& words = neighbor.words();
-  return std::string(Doing(words.phase.load(std::memory_order_relaxed))) +
-         ", in epoch " + std::to_string(words.epoch.load(std::memory_order_relaxed));
 }
 
 }  // namespace
@@ -415,13 +370,14 @@ Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) co
     // It may have waited for any of the others.
     for (const auto& other : neighbors_) {
       if (other->words().gave_up.load(std::memory_order_acquire) != 0) continue;
-      failure += "; " + Ranks(other->process()) + " was last seen " + LastSeen(*other);
+      failure +=
+          "; " + Ranks(other->process()) + " was last seen " + LastSeen(other->words());
     }
     return failure;
   }
-  if (!neighbor.alive()) return us + " had ended, " + LastSeen(neighbor);
+  if (!neighbor.alive()) return us + " had ended, " + LastSeen(neighbor.words());
   return us + " had not " + what + " after " + Seconds(timeout_) +
-         "; that process was last seen " + LastSeen(neighbor);
+         "; that process was last seen " + LastSeen(neighbor.words());
 }
 
 // "in epoch 5 process 0 was pulling"

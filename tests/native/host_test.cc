@@ -350,15 +350,69 @@ EP_TEST(ProcessWithoutAWindowIsNamedAtOnce) {
   EP_CHECK(child.Ended());
 }
 
+// While it waits for one process that does not come, it is told by another that gave
+// up.
+EP_TEST(ProcessThatGivesUpEndsTheWaitForAThird) {
+  const std::vector<std::int32_t> process_of = {0, 1, 1, 2};
+  // Three hosts of one process: the last does nothing.
+  std::vector<std::unique_ptr<Side>> sides;
+  std::vector<BoardAddress> boards;
+  for (const std::int32_t here : {0, 1, 2}) {
+    sides.push_back(
+        std::make_unique<Side>(here, here == 1 ? duration<double>(0.3) : kLong));
+    boards.push_back(sides.back()->address());
+  }
+  for (const auto& side : sides) {
+    for (const std::int32_t process : {0, 1, 2}) {
+      const BoardAddress address = boards[static_cast<std::size_t>(process)];
+      EP_CHECK_EQ(side->host().Open(process, address).value_or(""), "");
+    }
+  }
+  const auto start = Clock::now();
+  OnThreads(2, [&](std::int64_t thread) {
+    if (thread == 1) {
+      CheckFailed(sides[1]->Make({}, process_of, 2), {"for rank 1 to come"});
+    } else {
+      CheckFailed(sides[0]->Make({}, process_of),
+                  {"in epoch 1 process 0 was connecting and process 1 (pid " +
+                   Show(getpid()) + ") has given up"});
+    }
+  });
+  EP_CHECK(Clock::now() - start < 3 * kSoon);
+}
+
+// Lets this process have no more than so many files open while it lives.
+class FileLimit {
+ public:
+  explicit FileLimit(rlim_t most) {
+    EP_CHECK_EQ(getrlimit(RLIMIT_NOFILE, &before_), 0);
+    const rlimit limit = {.rlim_cur = most, .rlim_max = before_.rlim_max};
+    EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  }
+  ~FileLimit() { EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &before_), 0); }
+  FileLimit(const FileLimit&) = delete;
+  FileLimit& operator=(const FileLimit&) = delete;
+
+ private:
+  rlimit before_{};
+};
+
+EP_TEST(ProcessThatCannotBeWatchedIsReported) {
+  const std::unique_ptr<Host> host = NewHost();
+  const int next = dup(STDOUT_FILENO);
+  close(next);
+  // The board can still be opened.
+  const FileLimit limit(static_cast<rlim_t>(next) + 1);
+  EP_CHECK_EQ(host->Open(1, host->address()).value_or(""),
+              "process 1 (pid " + Show(getpid()) +
+                  ") cannot be watched: pidfd_open: Too many open files");
+}
+
 EP_TEST(BoardThatCannotBeMadeOrOpenedIsReported) {
   const std::unique_ptr<Host> host = NewHost();
-  rlimit limit{};
-  EP_CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
-  const rlimit none = {.rlim_cur = 0, .rlim_max = limit.rlim_max};
-  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+  const FileLimit limit(0);
   const auto made = Host::Create(0, [] { return kLong; });
   const std::string opened = host->Open(1, host->address()).value_or("");
-  EP_CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
   const auto* problem = std::get_if<std::string>(&made);
   EP_CHECK_EQ(problem == nullptr ? "" : *problem, "memfd_create: Too many open files");
   EP_CHECK_EQ(opened, "the board of process 1 (pid " + Show(getpid()) +

@@ -1,0 +1,52 @@
+#include "fabric/describe_words.h"
+
+#include <atomic>
+#include <string>
+
+#include "fabric/process_words.h"
+
+namespace jax_ep {
+
+std::string Describe(const SharedPrint& print) {
+  return std::string(print.op.data()) + " of [" + std::to_string(print.dims[0]) +
+         " rows, " + std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
+         std::to_string(print.plan);
+}
+
+std::string DescribeSizes(const SharedPrint& one, const SharedPrint& other) {
+  if (one.lent_bytes == other.lent_bytes) return "";
+  const auto show = [](const SharedPrint& print) {
+    return std::string("[") + std::to_string(print.lent_bytes[0]) + ", " +
+           std::to_string(print.lent_bytes[1]) + "] bytes in the ";
+  };
+  return "; a rank publishes " + show(one) + "one and " + show(other) + "other";
+}
+
+const char* Doing(Phase phase) {
+  switch (phase) {
+    case Phase::kIdle:
+      return "between exchanges";
+    case Phase::kConnecting:
+      return "connecting";
+    case Phase::kFollowing:
+      return "waiting to be told what comes next";
+    case Phase::kMeeting:
+      return "waiting for its own ranks";
+    case Phase::kReusing:
+      return "waiting for its window to be read";
+    case Phase::kPublishing:
+      return "publishing";
+    case Phase::kAwaiting:
+      return "waiting for the others to publish";
+    case Phase::kPulling:
+      return "pulling";
+  }
+  return "in no known phase";
+}
+
+std::string LastSeen(const ProcessWords& words) {
+  return std::string(Doing(words.phase.load(std::memory_order_relaxed))) +
+         ", in epoch " + std::to_string(words.epoch.load(std::memory_order_relaxed));
+}
+
+}  // namespace jax_ep
