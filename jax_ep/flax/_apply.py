@@ -18,6 +18,7 @@ from jax_ep._moe import moe
 from jax_ep._plan import Plan
 from jax_ep._types import DROPPED
 from jax_ep.flax._config import Config, Weights, mesh_axes
+from jax_ep.flax._placement import check_placement
 
 Aux = dict[str, Num[Array, "..."]]
 
@@ -28,10 +29,13 @@ def apply(
     """Applies the layer over the mesh in context; returns the output and the auxiliary scalars.
 
     Raises:
-      ValueError: the mesh does not suit the layer, as ``mesh_axes`` says.
+      ValueError: the mesh does not suit the layer, as ``mesh_axes`` says, or not its arrays, as
+        ``check_placement`` says.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return _apply(config, mesh_axes(config, mesh), weights, x)
+    axes = mesh_axes(config, mesh)
+    check_placement(mesh, weights, x)
+    return _apply(config, axes, weights, x)
 
 
 # Compiled even where the caller is not: run operation by operation, a shard_map is very slow.

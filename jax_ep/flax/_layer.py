@@ -26,8 +26,10 @@ class MoE(nnx.Module):
     The layer opens the ``shard_map`` itself, over the mesh that ``jax.set_mesh`` put in context:
     experts are sharded over ``axis_name``, and tokens over all of the mesh's axes, whatever the
     shape of ``x`` (padding goes nowhere). Axes may be Auto or Explicit; the result has the sharding
-    of ``x`` where that is part of its type. Without a mesh the layer runs on one device. Make the
-    layer under the mesh, too, and its experts are created sharded.
+    of ``x`` where that is part of its type. Make the layer under the mesh, too, and its experts are
+    created sharded. Without a mesh the layer runs as one rank, and warns once if arguments are on
+    several devices. To go on under another mesh, move the state there:
+    ``jax.device_put(state, nnx.get_named_sharding(state, mesh))``.
 
     Under ``nnx.capture(..., nnx.Intermediate)`` each call sows the following; otherwise it sows
     nothing. All are about the whole batch, equal on all devices:
@@ -135,7 +137,7 @@ class MoE(nnx.Module):
         Raises:
           TypeError: ``x`` is no array of floats.
           ValueError: the last axis of ``x`` is not ``hidden``; the mesh in context does not suit
-            the layer; or a ``shard_map`` encloses the call.
+            the layer or is not the one of its weights; or a ``shard_map`` encloses the call.
           NotImplementedError: ``implementation="native"`` where native code cannot serve.
         """
         out, aux = self.apply_with_aux(x)
