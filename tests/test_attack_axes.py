@@ -80,7 +80,7 @@ def nested_over_data(row: Row, mesh: Mesh):
     def with_groups_first(topk_idx, *args):
         # Each rank's block leads with the groups.
         args = [a.swapaxes(0, 1) for a in args]
-        run = per_device(outer, mesh, (P(AXIS),) * 5, P(AXIS), axis_names={AXIS}, check_vma=False)
+        run = per_device(outer, mesh, (P(AXIS),) * 5, P(AXIS), axis_names={AXIS})
         return jax.tree.map(lambda a: a.swapaxes(0, 1), run(topk_idx, *args))
 
     return jax.jit(with_groups_first)
