@@ -37,13 +37,14 @@ def per_device(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any,
     specs = in_specs if isinstance(in_specs, tuple) else (in_specs,)
 
     def block(*args):
-        own = [
-            jax.tree.map(lambda a, n=len(spec): a.reshape(a.shape[n:]), arg)
-            for spec, arg in zip(specs, args, strict=True)
-        ]
+        own = [without_axes(arg, len(spec)) for spec, arg in zip(specs, args, strict=True)]
         return jax.tree.map(lambda a: a.reshape((1,) * len(out_specs) + a.shape), f(*own))
 
     return jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=out_specs, **options)
+
+
+def without_axes(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda a: a.reshape(a.shape[count:]), tree)
 
 
 def one_routing(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
@@ -60,9 +61,7 @@ def one_routing(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
 def replicated_over_data(row: Row, mesh: Mesh):
     """The plan leaves a ``shard_map`` over the ranks, and enters one over the groups too."""
     both = P("data", AXIS)
-    make = per_device(
-        functools.partial(make_plan, row), mesh, P(AXIS), P(AXIS), axis_names={AXIS}
-    )
+    make = per_device(functools.partial(make_plan, row), mesh, P(AXIS), P(AXIS), axis_names={AXIS})
     use = per_device(forward_and_back, mesh, (P(AXIS), both, both, both, both), both)
     return jax.jit(lambda topk_idx, *args: use(make(topk_idx), *args))
 
