@@ -57,12 +57,17 @@ def check_array(name: str, value: Any, dims: str) -> None:
 
     Raises:
       TypeError: it has no shape or dtype.
-      ValueError: it has another number of axes.
+      ValueError: it has another number of axes, or the size of one is not known.
     """
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be an array [{dims}]; got {type(value).__name__}.")
     if value.ndim != len(dims.split(", ")):
         raise ValueError(f"{name} must have shape [{dims}]; got {list(value.shape)}.")
+    if not all(isinstance(size, int) for size in value.shape):
+        raise ValueError(
+            f"{name} must have shape [{dims}] of known sizes; got {list(value.shape)}, which has "
+            "symbols of jax.export."
+        )
 
 
 def check_dtype(name: str, value: jax.Array, dtype: jax.typing.DTypeLike) -> None:

@@ -39,7 +39,7 @@ def unavailable_reason() -> str | None:
 def refusal(platform: str, layout: Layout | None, binding: Binding | LoweredBinding) -> str | None:
     """Returns why native code does not serve a platform, or not that exchange there, or None."""
     if platform not in ("cpu", "gpu"):
-        return f"there is native code for cpu and gpu, and this is for {platform!r}"
+        return f"there is native code for cpu and gpu, and this is for {platform}"
     if (reason := library_problem(platform)) is not None:
         return reason
     if layout is None or platform == "cpu":
