@@ -6,6 +6,7 @@ All sums are far below 2**24, so no order of adding them rounds, and a single wr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax_ep
 SHAPE = Shape(num_tokens=4, num_topk=2, hidden=3, capacity=9)
 R = SHAPE.num_ranks
 MOST_TURNS = 300
+Program = Callable[..., Any]
 
 
 def make_plan(row: Row, topk_idx: jax.Array, shape: Shape = SHAPE) -> jax_ep.Plan:
@@ -112,3 +114,39 @@ def same(got: dict[str, Any], want: dict[str, np.ndarray]) -> None:
     for name, values in want.items():
         zero = np.float32(0)
         same_bits(np.asarray(got[name]) + zero, values.astype(np.float32) + zero, name)
+
+
+def inside(row: Row, make: Program, use: Program, num_ranks: int) -> Program:
+    """Every rank makes a batch of plans in one vmap, and uses it in another."""
+
+    def per_rank(topk_idx, *args):
+        return jax.vmap(use)(jax.vmap(make)(topk_idx), *args)
+
+    return row.over_ranks(per_rank, num_ranks)
+
+
+def outside(row: Row, make: Program, use: Program, num_ranks: int) -> Program:
+    """Plans of a batch of whole groups leave their vmap, and enter another."""
+    plan = row.over_ranks(make, num_ranks)
+    run = row.over_ranks(use, num_ranks)
+
+    def all_groups(topk_idx, *args):
+        plans = jax.vmap(plan, in_axes=1)(topk_idx)
+        return jax.vmap(run, in_axes=(0, *(1,) * len(args)), out_axes=1)(plans, *args)
+
+    return all_groups
+
+
+def made_inside_used_outside(row: Row, make: Program, use: Program, num_ranks: int) -> Program:
+    plan = row.over_ranks(jax.vmap(make), num_ranks)
+    run = jax.vmap(row.over_ranks(use, num_ranks), in_axes=1, out_axes=1)
+    return lambda topk_idx, *args: run(plan(topk_idx), *args)
+
+
+def made_outside_used_inside(row: Row, make: Program, use: Program, num_ranks: int) -> Program:
+    plan = jax.vmap(row.over_ranks(make, num_ranks), 1, 1)
+    run = row.over_ranks(jax.vmap(use), num_ranks)
+    return lambda topk_idx, *args: run(plan(topk_idx), *args)
+
+
+PLACES = [inside, outside, made_inside_used_outside, made_outside_used_inside]

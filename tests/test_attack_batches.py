@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import attacks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attacks import MOST_TURNS, R, forward_and_back, make_plan, same
+from attacks import (
+    MOST_TURNS,
+    PLACES,
+    Program,
+    R,
+    forward_and_back,
+    inside,
+    made_inside_used_outside,
+    make_plan,
+    outside,
+    same,
+)
 from implementations import ONE, ROWS, SHARD_MAP, Row
 from jax.sharding import AxisType, PartitionSpec
 from strategies import Shape
 
 ALONE = Shape(num_ranks=1, num_tokens=4, num_topk=2, num_experts=2, hidden=3, capacity=6)
-Program = Callable[..., Any]
-
-
-def inside(row: Row, use: Program, num_ranks: int) -> Program:
-    """Every rank makes a batch of plans in one vmap, and uses it in another."""
-
-    def per_rank(topk_idx, *args):
-        return jax.vmap(use)(jax.vmap(functools.partial(plan_of, row))(topk_idx), *args)
-
-    return row.over_ranks(per_rank, num_ranks)
-
-
-def outside(row: Row, use: Program, num_ranks: int) -> Program:
-    """Plans of a batch of whole groups leave their vmap, and enter another."""
-    make = row.over_ranks(functools.partial(plan_of, row), num_ranks)
-    run = row.over_ranks(use, num_ranks)
-
-    def all_groups(topk_idx, *args):
-        plans = jax.vmap(make, in_axes=1)(topk_idx)
-        return jax.vmap(run, in_axes=(0, *(1,) * len(args)), out_axes=1)(plans, *args)
-
-    return all_groups
-
-
-def made_inside_used_outside(row: Row, use: Program, num_ranks: int) -> Program:
-    make = row.over_ranks(jax.vmap(functools.partial(plan_of, row)), num_ranks)
-    run = jax.vmap(row.over_ranks(use, num_ranks), in_axes=1, out_axes=1)
-    return lambda topk_idx, *args: run(make(topk_idx), *args)
-
-
-def made_outside_used_inside(row: Row, use: Program, num_ranks: int) -> Program:
-    make = jax.vmap(row.over_ranks(functools.partial(plan_of, row), num_ranks), 1, 1)
-    run = row.over_ranks(jax.vmap(use), num_ranks)
-    return lambda topk_idx, *args: run(make(topk_idx), *args)
 
 
 def plan_of(row: Row, topk_idx: jax.Array):
     return make_plan(row, topk_idx, ALONE if row.fabric is ONE else attacks.SHAPE)
 
 
-PLACES = [inside, outside, made_inside_used_outside, made_outside_used_inside]
 # Batching knows nothing of what carries an exchange; XLA's collectives show it on devices.
 BATCH_ROWS = [r for r in ROWS if r.implementation == "native" or r.fabric is SHARD_MAP]
 
@@ -83,7 +57,7 @@ def problem(row: Row, seed: int, count: int) -> tuple[tuple[np.ndarray, ...], di
 @functools.cache
 def program(row: Row, place: Program, wrap: Program) -> Program:
     num_ranks = 1 if row.fabric is ONE else R
-    return jax.jit(place(row, wrap(forward_and_back), num_ranks))
+    return jax.jit(place(row, functools.partial(plan_of, row), wrap(forward_and_back), num_ranks))
 
 
 def plainly(f: Program) -> Program:

@@ -48,8 +48,8 @@ def public_answers(numbers: Numbers, shape: Shape) -> dict[str, np.ndarray]:
 
 REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "rounded_up": lambda a: ((a.astype(np.int32) + 127) // 128 * 128).astype(a.dtype),
-    "negative": lambda a: np.full_like(a, -1),
-    "most": lambda a: np.full_like(a, 2**31 - 1, casting="unsafe"),
+    "negative": lambda a: np.full(a.shape, -1).astype(a.dtype),
+    "most": lambda a: np.full(a.shape, 2**31 - 1).astype(a.dtype),
 }
 # Of other types, so that each is another program: all fields at once.
 RETYPINGS: dict[str, Callable[[Any], Any]] = {
