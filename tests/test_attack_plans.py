@@ -67,8 +67,10 @@ def replaced(plan: jax_ep.Plan) -> Iterator[jax_ep.Plan]:
         yield dataclasses.replace(plan, **{name: change(a) for name, a in public.items()})
 
 
+@pytest.mark.parametrize("row", [*NATIVE, Row("xla", SHARD_MAP, exact=False)], ids=str)
 def test_public_fields_replaced(row: Row) -> None:
     """Rounding group sizes up for one's own kernel corrupted the heap."""
+    row.require()
     shape = ALONE if row.fabric is ONE else attacks.SHAPE
     numbers = Numbers.draw(np.random.default_rng(0), shape)
     want = public_answers(numbers, shape)
