@@ -397,6 +397,28 @@ class FileLimit {
   rlimit before_{};
 };
 
+// It shows words without a window, which tell those that wait for others first.
+EP_TEST(ProcessWithoutAWindowEndsTheWaitForAThird) {
+  const std::vector<std::int32_t> process_of = {0, 1, 2};
+  std::vector<std::unique_ptr<Side>> sides;
+  std::vector<BoardAddress> boards;
+  for (const std::int32_t here : {0, 1, 2}) {
+    sides.push_back(std::make_unique<Side>(here, kLong));
+    boards.push_back(sides.back()->address());
+  }
+  for (const std::int32_t here : {1, 2}) {
+    EP_CHECK(!sides[static_cast<std::size_t>(here)]->host().Join(here, boards));
+  }
+  {
+    const FileLimit limit(0);
+    CheckFailed(sides[1]->Make({}, process_of), {"memfd_create: Too many open files"});
+  }
+  const auto start = Clock::now();
+  CheckFailed(sides[2]->Make({}, process_of),
+              {"and process 1 (pid " + Show(getpid()) + ") has given up"});
+  EP_CHECK(Clock::now() - start < kSoon);
+}
+
 EP_TEST(ProcessThatCannotBeWatchedIsReported) {
   const std::unique_ptr<Host> host = NewHost();
   const int next = dup(STDOUT_FILENO);
