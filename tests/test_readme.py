@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands."""
+"""Every Python block of the README and of the pages in docs runs as it stands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from implementations import require
 
 from jax_ep.testing._cluster import free_port
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+]
 
 
 def test_there_are_blocks() -> None:
@@ -31,7 +36,7 @@ def test_block_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["readme"])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+        exec(compile(block, "a page", "exec"), {"__name__": "readme"})
     promised = re.findall(r"^print\(.*\)\s*# (.+)$", block, re.MULTILINE)
     assert printed.getvalue().splitlines() == promised
 
