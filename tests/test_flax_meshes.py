@@ -103,12 +103,16 @@ def test_does_not_warn_on_one_device(compiled):
 
 
 @COMPILED
-@pytest.mark.parametrize("spread", ["x", "w_gate"])
-def test_explicit_axes_need_the_mesh(compiled, spread):
+@pytest.mark.parametrize(
+    ("spread", "spec"),
+    [("x", P("expert")), ("x", P()), ("router_kernel", P())],
+    ids=["x", "x_replicated", "weights"],
+)
+def test_explicit_axes_need_the_mesh(compiled, spread, spec):
     mesh = make_mesh({"expert": 4, "data": 2}, AxisType.Explicit)
-    layer = make_layer(mesh if spread == "w_gate" else None)
-    x = jax.device_put(tokens(), NamedSharding(mesh, P("expert"))) if spread == "x" else tokens()
-    with pytest.raises(ValueError, match=f"`with jax.set_mesh.*{spread} sharded as .*expert"):
+    layer = make_layer(None if spread == "x" else mesh)
+    x = jax.device_put(tokens(), NamedSharding(mesh, spec)) if spread == "x" else tokens()
+    with pytest.raises(ValueError, match=f"`with jax.set_mesh.*got {spread} on Explicit axes"):
         caller(compiled)(layer, x)
 
 

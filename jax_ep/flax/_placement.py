@@ -17,7 +17,7 @@ def check_placement(mesh: AbstractMesh, weights: Weights, x: jax.Array) -> None:
 
     Raises:
       ValueError: the weights are on another mesh than the one in context, or there is none and an
-        array is sharded over Explicit axes.
+        array is on a mesh of Explicit axes.
     """
     named = {name: array for name, array in weights._asdict().items() if array is not None}
     if mesh.empty:
@@ -40,10 +40,10 @@ def check_placement(mesh: AbstractMesh, weights: Weights, x: jax.Array) -> None:
 def _check_without_mesh(arrays: dict[str, jax.Array]) -> None:
     shardings = {name: jax.typeof(array).sharding for name, array in arrays.items()}
     for name, sharding in shardings.items():
-        if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        if AxisType.Explicit in sharding.mesh.axis_types and sharding.mesh.size > 1:
             raise ValueError(
                 "MoE must be called with the mesh of its arguments in context, by `with "
-                f"jax.set_mesh(mesh):`; got {name} sharded as {sharding.spec}, and no mesh."
+                f"jax.set_mesh(mesh):`; got {name} on Explicit axes, as {sharding.spec}, and no mesh."
             )
     for name, sharding in shardings.items():
         if sharding.mesh.size > 1 and next(_num_spread_calls) == 0:
@@ -52,7 +52,7 @@ def _check_without_mesh(arrays: dict[str, jax.Array]) -> None:
                 f"{sharding.mesh.size} devices: each of them does the work of all. To run a rank "
                 "on each, put calls, or the jit around them, into `with jax.set_mesh(mesh):`.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
