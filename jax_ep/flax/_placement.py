@@ -43,7 +43,7 @@ def _check_without_mesh(arrays: dict[str, jax.Array]) -> None:
         if AxisType.Explicit in sharding.mesh.axis_types and sharding.mesh.size > 1:
             raise ValueError(
                 "MoE must be called with the mesh of its arguments in context, by `with "
-                f"jax.set_mesh(mesh):`; got {name} on Explicit axes, as {sharding.spec}, and no mesh."
+                f"jax.set_mesh(mesh):`; got {name} on Explicit axes, as {sharding.spec}, and none."
             )
     for name, sharding in shardings.items():
         if sharding.mesh.size > 1 and next(_num_spread_calls) == 0:
