@@ -388,11 +388,12 @@ EP_TEST(CallThatTheLeaderAloneMakesIsNamed) {
   job.AddGroup({0, 1});
   job.SetTimeout(1, kShort);
   const PendingSpanCall leading = job.Attend({.site = 5, .run_id = 9, .rank = 0});
-  CheckFailed(job.Attend({.site = 6, .run_id = 9, .rank = 1}).Wait(),
-              {"because in epoch 1 process 1 was waiting for its own ranks and process "
-               "0, which leads, had named execution 9 of call 5, but 0.2 s later rank 1 of "
-               "process 1 had come to " +
-               std::string(kDescribed) + " instead"});
+  CheckFailed(
+      job.Attend({.site = 6, .run_id = 9, .rank = 1}).Wait(),
+      {"because in epoch 1 process 1 was waiting for its own ranks and process "
+       "0, which leads, had named execution 9 of call 5, but 0.2 s later rank 1 of "
+       "process 1 had come to " +
+       std::string(kDescribed) + " instead"});
   CheckFailed(leading.Wait(), {"rank 1 of process 1 had given up, in epoch 1, waiting "
                                "for its own ranks"});
 }
