@@ -1,13 +1,14 @@
 """The exchange in pure JAX: the readable specification, and what serves where no native code does.
 
-Each function is what one rank does. ``layout.axis_name`` names an axis with collectives: mesh axes
-inside ``shard_map``, or the axis that ``stacked`` maps over.
+Each function is what one rank does. ``layout.axis_name`` names mesh axes inside ``shard_map``, or
+the axis that ``run`` maps over.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float32, Int32, Num
 
 from jax_ep._axes import Place
@@ -48,7 +49,7 @@ def plan(
     """Gathers the choices of all ranks and computes this rank's plan from them."""
     wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
     wire = topk_idx.astype(wire_dtype)
-    expert = jax.lax.all_gather(wire, layout.axis_name).astype(jnp.int32)
+    expert = _all_gather(layout, wire).astype(jnp.int32)
     kept, row = _place(layout, expert)
 
     here = kept & (expert // layout.num_local_experts == rank)
@@ -84,13 +85,13 @@ def gather_rows(
     choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
     recv_row = jnp.where(_is_received(layout, route), route.recv_row, layout.capacity)
     choice = choice.at[recv_row].set(route.recv_choice, mode="drop")
-    bits = jax.lax.all_gather(_to_bits(x), layout.axis_name)
+    bits = _all_gather(layout, _to_bits(x))
     bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
     rows = _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
     if weights is None:
         return (rows,)
     dtype = _sum_dtype(x)
-    scale = jax.lax.all_gather(weights, layout.axis_name).reshape(-1)[:, None].astype(dtype)
+    scale = _all_gather(layout, weights).reshape(-1)[:, None].astype(dtype)
     return (_mask(choice, _take(scale, choice) * rows.astype(dtype)).astype(x.dtype),)
 
 
@@ -105,7 +106,7 @@ def reduce_rows(
     row = _row_of_choice(layout, route)
     partial = jnp.zeros((layout.num_ranks, layout.num_tokens, rows.shape[1]), dtype)
     if weights is not None:
-        weights = jax.lax.all_gather(weights, layout.axis_name)
+        weights = _all_gather(layout, weights)
     for k in range(layout.num_topk):
         picked = _pick(rows, row[:, :, k]).astype(dtype)
         if weights is not None:
@@ -131,7 +132,7 @@ def row_dots(
     """Computes the product of each choice's row with its token's row of ``dout``."""
     dtype = _sum_dtype(rows)
     row = _row_of_choice(layout, route)
-    dout = jax.lax.all_gather(dout, layout.axis_name).astype(dtype)
+    dout = _all_gather(layout, dout).astype(dtype)
     dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
     dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
     # Each choice has its row on one rank; the others contribute exact zeros.
@@ -199,12 +200,24 @@ def _row_of_choice(layout: Layout, route: Route) -> Array:
     return row.at[choice].set(route.recv_row, mode="drop").reshape(shape)
 
 
+def _all_gather(layout: Layout, x: Array) -> Array:
+    """Stacks what all ranks have, on each of them."""
+    if layout.axis_name != _STACK_AXIS:
+        return jax.lax.all_gather(x, layout.axis_name)
+    # JAX's own collectives over a vmap axis do not work inside a shard_map.
+    gather = custom_vmap(lambda x: jnp.broadcast_to(x, (layout.num_ranks, *x.shape)))
+    gather.def_vmap(lambda size, _, x: (jnp.broadcast_to(x, (size, *x.shape)), True))
+    return gather(x)
+
+
 def _swap_slices(layout: Layout, x: Array) -> Array:
     """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each."""
-    if x.size == 0:  # JAX's batching of all_to_all has no room for empty slices.
-        return x
-    bits = jax.lax.all_to_all(_to_bits(x), layout.axis_name, split_axis=0, concat_axis=0)
-    return _from_bits(bits, x.dtype)
+    if layout.axis_name != _STACK_AXIS:
+        bits = jax.lax.all_to_all(_to_bits(x), layout.axis_name, split_axis=0, concat_axis=0)
+        return _from_bits(bits, x.dtype)
+    swap = custom_vmap(lambda x: x)
+    swap.def_vmap(lambda _size, _, x: (jnp.swapaxes(x, 0, 1), True))
+    return swap(x)
 
 
 def _to_bits(x: Array) -> Array:
