@@ -66,9 +66,10 @@ def make_plan(
         of ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound,
         or names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or
         rows.
-      NotImplementedError: ``implementation="native"`` where native code cannot serve.
-      TimeoutError: another process of the job has not traced an exchange in time, see
-        ``set_wait_timeout``; with ``implementation="xla"`` no process waits.
+      NotImplementedError: ``implementation="native"`` where native code cannot serve. If that is
+        for the devices or processes of its mesh, only the compilation of the program raises it.
+      TimeoutError: from the compilation, if another process of the mesh did not compile the
+        program in time, see ``set_wait_timeout``; with ``implementation="xla"`` no process waits.
 
     Example:
       >>> import jax.numpy as jnp, jax_ep

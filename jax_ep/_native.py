@@ -101,9 +101,9 @@ def set_wait_timeout(seconds: float) -> float:
     did not come and the time waited, and one line on stderr says the same at once; the process goes
     on. It holds for waits that begin later.
 
-    Between processes it bounds each wait of an exchange for another process, and how long the first
-    trace waits for the others to say on which host they run. Set it alike in all of them; setting
-    it waits for none of them.
+    Between processes it bounds each wait of an exchange for another process, that of its first run
+    for the others to run it too, and how long the first compilation waits for the others to say on
+    which host they run. Set it alike in all of them; setting it waits for none of them.
 
     What XLA's own collectives wait is XLA's affair. By default they end the process when a rank has
     not come for a minute, so choose less than that if the program has any.
@@ -133,6 +133,7 @@ def end_at(phase: int, exchanges: int, signal: int) -> None:
       exchanges: how many exchanges with other processes come before.
       signal: what the process sends itself.
     """
+    register_handlers("cpu")  # Which says what process this is.
     library("cpu").jax_ep_end_at(phase, ctypes.c_int64(exchanges), signal)
 
 

@@ -124,7 +124,11 @@ class Plan:
 
     @property
     def implementation(self) -> Implementation:
-        """What carries out this plan's exchanges."""
+        """What carries out this plan's exchanges.
+
+        If ``make_plan`` was given none, it is what serves where the plan was traced; programs for
+        devices or processes that this does not serve take the other.
+        """
         return self._layout.implementation
 
 
