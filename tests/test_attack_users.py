@@ -21,6 +21,7 @@ from attacks import SHAPE, Numbers, R, forward_and_back, make_plan, same
 from implementations import ONE, SHARD_MAP, VMAP, Row, require
 
 import jax_ep
+from jax_ep import _make_plan, _native
 
 OPS = ("plan", "gather_rows", "reduce_rows", "row_dots")
 
@@ -269,3 +270,20 @@ def test_an_error_names_the_call_and_its_gradient(gradient, named: str) -> None:
     assert "waited 0.5 s for rank 2 " in message
     for kernel in OPS:
         assert kernel not in message
+
+
+def test_what_runs_where_the_default_backend_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The devices of a program decide, not what JAX would take without being asked."""
+    require("native")
+    for module in (_make_plan, _native):
+        monkeypatch.setattr(module, "trace_platform", lambda: "tpu")
+    topk_idx, x = np.zeros((6, 2), np.int32), np.ones((6, 3), np.float32)
+
+    def layer(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
+        plan = jax_ep.make_plan(topk_idx, num_experts=4)
+        assert plan.implementation == "xla"
+        return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
+
+    program = jax.jit(layer).lower(topk_idx, x)
+    assert "jax_ep_plan_stacked" in program.as_text()
+    np.testing.assert_array_equal(program.compile()(topk_idx, x), 2 * x)
