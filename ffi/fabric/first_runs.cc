@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <iterator>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -96,10 +95,14 @@ void FirstRuns::Watch() {
     }
     std::vector<std::pair<Told, Outcome>> over;
     for (auto it = pending_.begin(); it != pending_.end();) {
-      auto outcome = Look(*it);
-      if (outcome && (outcome->known || outcome->failure)) TakeBack(*it);
-      if (outcome) over.emplace_back(std::move(it->told), *std::move(outcome));
-      it = outcome ? pending_.erase(it) : std::next(it);
+      const std::optional<Outcome> outcome = Look(*it);
+      if (!outcome) {
+        ++it;
+        continue;
+      }
+      if (outcome->known || outcome->failure) TakeBack(*it);
+      over.emplace_back(std::move(it->told), *outcome);
+      it = pending_.erase(it);
     }
     lock.unlock();
     // Each goes on with its rank's program, up to where that waits for other ranks.

@@ -21,13 +21,13 @@ namespace jax_ep {
 
 // A rank's call, in a group of ranks in several processes.
 struct FirstRun {
-  std::string call;       // for errors
-  std::uint64_t kind;     // of the call: what is equal in all processes
-  std::int64_t group;     // of ranks
-  std::int64_t run_id;    // XLA's number of the run, of use in this process only
-  std::int64_t site = 0;  // the custom call's number in this process
+  std::string call;         // for errors
+  std::uint64_t kind = 0;   // of the call: what is equal in all processes
+  std::int64_t group = 0;   // of ranks
+  std::int64_t run_id = 0;  // XLA's number of the run, of use in this process only
+  std::int64_t site = 0;    // the custom call's number in this process
   std::int32_t rank = 0;
-  std::vector<std::int32_t> process_of = {};  // by rank
+  std::vector<std::int32_t> process_of;  // by rank
 };
 
 // A call that a group of ranks has agreed on: the number that its first rank's process

@@ -141,7 +141,8 @@ EP_TEST(OneOfSeveralGivesUp) {
 
 EP_TEST(CallsAreRemembered) {
   Side side(0, kLong);
-  const FirstRun run = {.call = "dispatch", .kind = 5, .group = 7, .run_id = 3};
+  const FirstRun run = {
+      .call = "dispatch", .kind = 5, .group = 7, .run_id = 3, .process_of = {}};
   side.runs().Remember(run, {.number = 11, .first_run = 3});
   side.runs().Remember(run, {.number = 11, .first_run = 4});
   const auto found = side.runs().Find(7, 11);

@@ -100,8 +100,11 @@ std::variant<std::shared_ptr<const Span>, std::string> CallSite::SpanOf(
 
 FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id) {
   const Whereabouts& where = reader.where();
-  FirstRun run = {
-      .call = where.call, .kind = kHashSeed, .group = group.id, .run_id = run_id};
+  FirstRun run;
+  run.call = where.call;
+  run.kind = kHashSeed;
+  run.group = group.id;
+  run.run_id = run_id;
   if (reader.failed()) return run;
   for (const char* c = where.call; *c != '\0'; ++c) {
     run.kind = Mix(run.kind, static_cast<unsigned char>(*c));

@@ -69,6 +69,7 @@ struct PullRows {
     PublishRowsArgs some =
         PublishAll(args.rows[0], args.capacity, args.hidden * ByteWidth(args.dtype));
     std::vector<bool> is_elsewhere;
+    is_elsewhere.reserve(span.process_of.size());
     for (const std::int32_t process : span.process_of) {
       is_elsewhere.push_back(process != span.here);
     }
