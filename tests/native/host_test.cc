@@ -406,8 +406,11 @@ EP_TEST(ProcessWithoutAWindowEndsTheWaitForAThird) {
     sides.push_back(std::make_unique<Side>(here, kLong));
     boards.push_back(sides.back()->address());
   }
-  for (const std::int32_t here : {1, 2}) {
-    EP_CHECK(!sides[static_cast<std::size_t>(here)]->host().Join(here, boards));
+  for (const auto& side : sides) {
+    for (const std::int32_t process : {0, 1, 2}) {
+      const BoardAddress address = boards[static_cast<std::size_t>(process)];
+      EP_CHECK(!side->host().Open(process, address));
+    }
   }
   {
     const FileLimit limit(0);
