@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jaxlib.version
 from jax._src import core, dispatch, distributed
-from jax._src.mesh import get_concrete_mesh
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad
 
@@ -62,25 +61,12 @@ def zero_tangent(x: jax.Array) -> Any:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def lower_for_devices(primitive: Primitive) -> None:
-    """Has JAX lower programs with a primitive anew for other devices, where it would share one.
-
-    They cannot be lowered without devices then.
-    """
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
-
-
-def has_context_devices() -> bool:
-    """Tells whether devices were set along with the mesh in context."""
-    mesh = get_concrete_mesh()
-    return mesh is not None and not mesh.empty
-
-
 def concrete_mesh(ctx: Any) -> Any | None:
     """Returns the mesh, with its devices, that a primitive is lowered for, or None.
 
     A program to be exported has none: it may be loaded for other devices. Nor has a ``shard_map``
-    over an abstract mesh.
+    over an abstract mesh. One that ``jax.set_mesh`` has set may be another of the same shape when the
+    program runs, as JAX shares lowered programs between those.
     """
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     for_export = ctx.module_context.lowering_parameters.for_export

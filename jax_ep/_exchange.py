@@ -17,8 +17,6 @@ from jax_ep._axes import Place
 from jax_ep._compat import (
     Primitive,
     debug_nans,
-    has_context_devices,
-    lower_for_devices,
     result_type,
     run_primitive,
     vary_together,
@@ -73,15 +71,7 @@ def _bind(*operands: jax.Array, layout: Layout, **params: Any) -> list[jax.Array
     # Results vary over the mesh as what is exchanged does, wherever that is done.
     num_places = len(Place._fields)
     varying = vary_together(operands[num_places:])
-    return _primitive(params["binding"]).bind(
-        *operands[:num_places], *varying, layout=_readable(layout), **params
-    )
-
-
-def _primitive(binding: str) -> Primitive:
-    # What jax.set_mesh has set is no part of a trace, and one trace serves all meshes of a shape.
-    devices_matter = binding == "mesh" and has_context_devices()
-    return _device_exchange_p if devices_matter else _exchange_p
+    return _exchange_p.bind(*operands[:num_places], *varying, layout=_readable(layout), **params)
 
 
 def _readable(layout: Layout) -> Layout:
@@ -93,9 +83,8 @@ def _payload_index(op: Op) -> int:
     return len(Place._fields) if op == "plan" else _NUM_FIXED
 
 
-def _impl(*operands: Any, layout: Layout, binding: str, **params: Any) -> list[jax.Array]:
-    params |= {"layout": _readable(layout), "binding": binding}
-    return run_primitive(_primitive(binding), *operands, **params)
+def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
+    return run_primitive(_exchange_p, *operands, layout=_readable(layout), **params)
 
 
 def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:
@@ -123,7 +112,7 @@ def _batch(
             "jax.vmap has the same axis_name."
         )
     if all(dim is None for dim in dims):
-        out = _primitive(binding).bind(*operands, **params)
+        out = _exchange_p.bind(*operands, **params)
         return out, [None] * len(out)
     operands = [
         x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
@@ -148,15 +137,15 @@ def _one_by_one(
     def body(mapped: list[jax.Array]) -> list[jax.Array]:
         rest = iter(mapped)
         merged = [x if dim is None else next(rest) for x, dim in zip(operands, dims, strict=True)]
-        return _primitive(params["binding"]).bind(*merged, **params)
+        return _exchange_p.bind(*merged, **params)
 
     return jax.lax.map(body, mapped)
 
 
 def _jvp(
-    primals: list[Any], tangents: list[Any], *, op: Op, binding: str, call: str, **params: Any
+    primals: list[Any], tangents: list[Any], *, op: Op, call: str, **params: Any
 ) -> tuple[list[jax.Array], list[Any]]:
-    bind = functools.partial(_primitive(binding).bind, op=op, binding=binding, **params)
+    bind = functools.partial(_exchange_p.bind, op=op, **params)
     out = bind(*primals, call=call)
     payloads = range(_payload_index(op), len(primals))
     terms = []
@@ -198,18 +187,11 @@ def _derived(call: str, how: str) -> str:
     return call if call.endswith(gradient) else f"{call.removesuffix(' (derivative)')} ({how})"
 
 
-def _new_primitive(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(_impl)
-    primitive.def_abstract_eval(_abstract_eval)
-    batching.fancy_primitive_batchers[primitive] = _batch
-    ad.primitive_jvps[primitive] = _jvp
-    ad.primitive_transposes[primitive] = _transpose
-    register_lowerings(primitive)
-    return primitive
-
-
-_exchange_p = _new_primitive("jax_ep_exchange")
-_device_exchange_p = _new_primitive("jax_ep_device_exchange")
-lower_for_devices(_device_exchange_p)
+_exchange_p = Primitive("jax_ep_exchange")
+_exchange_p.multiple_results = True
+_exchange_p.def_impl(_impl)
+_exchange_p.def_abstract_eval(_abstract_eval)
+batching.fancy_primitive_batchers[_exchange_p] = _batch
+ad.primitive_jvps[_exchange_p] = _jvp
+ad.primitive_transposes[_exchange_p] = _transpose
+register_lowerings(_exchange_p)

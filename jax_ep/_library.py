@@ -95,25 +95,26 @@ def register() -> None:
       >>> import jax_ep
       >>> jax_ep.register()
     """
-    present = {device.platform for device in jax.local_devices()} | {"cpu"}
     usable: list[Platform] = [p for p in get_args(Platform) if library_problem(p) is None]
     if not usable:
         raise NotImplementedError(library_problem("cpu"))
     for platform in usable:
-        if platform in present:
-            register_handlers(platform)
+        register_handlers(platform)
 
 
 def register_handlers(platform: Platform) -> None:
-    """Registers a library's handlers with XLA, if they are not yet."""
+    """Registers a library's handlers with XLA, if they are not yet and there is such a device."""
+    try:
+        # A state type that is registered before the client exists breaks the client's start.
+        jax.devices(platform)
+    except RuntimeError:
+        return  # What is lowered here is to run elsewhere.
     with _register_lock:
         _register_once(platform)
 
 
 @functools.cache
 def _register_once(platform: Platform) -> None:
-    # A state type that is registered before the client exists breaks the client's start.
-    jax.devices(platform)
     loaded = library(platform)
     for op in OPS:
         _register_target(platform, f"jax_ep_{op}_stacked", f"jax_ep_{op}_stacked")

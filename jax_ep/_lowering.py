@@ -36,7 +36,9 @@ def _lower(platform: Platform | None, ctx: Any, *nodes: Any, **params: Any) -> A
             f"{layout.num_ranks} ranks is the axis of a jax.vmap; got a part of it alone."
         )
     devices = None
-    if binding == "mesh" and layout.num_ranks > 1 and (mesh := concrete_mesh(ctx)):
+    # In one process, ranks and groups say it all.
+    spans = binding == "mesh" and layout.num_ranks > 1 and jax.process_count() > 1
+    if spans and (mesh := concrete_mesh(ctx)):
         devices = devices_by_group(mesh, layout)
     carrier: Callable[..., list[jax.Array]] = _xla.run
     if layout.num_tokens == 0:

@@ -58,7 +58,8 @@ Group FindGroup(CallReader& reader, std::int32_t device) {
     reader.Fail(std::string(where.call) +
                 ": the program was compiled for other devices than device " +
                 std::to_string(device) + " of process " +
-                std::to_string(ProcessIndex()) + " as rank " + std::to_string(rank));
+                std::to_string(ProcessIndex()) + " as rank " + std::to_string(rank) +
+                ": jit the function anew for this mesh, or give the mesh to shard_map");
     return {};
   }
   const auto members = all.subspan(static_cast<std::size_t>(index - rank),
