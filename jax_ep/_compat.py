@@ -65,8 +65,8 @@ def concrete_mesh(ctx: Any) -> Any | None:
     """Returns the mesh, with its devices, that a primitive is lowered for, or None.
 
     A program to be exported has none: it may be loaded for other devices. Nor has a ``shard_map``
-    over an abstract mesh. One that ``jax.set_mesh`` has set may be another of the same shape when the
-    program runs, as JAX shares lowered programs between those.
+    over an abstract mesh. One that ``jax.set_mesh`` has set may be another of the same shape when
+    the program runs, as JAX shares lowered programs between those.
     """
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     for_export = ctx.module_context.lowering_parameters.for_export

@@ -146,12 +146,14 @@ def test_both_processes_compile_again() -> None:
 def test_a_process_that_never_runs_the_call() -> None:
     """Before ranks have agreed on a call no collective is waited for without a bound."""
     require("native")
-    jax_ep.set_wait_timeout(2)
     f = program()
     f.lower(*operands())  # Both say where they are.
     if jax.process_index() == 0:
+        jax_ep.set_wait_timeout(2)
         began = time.monotonic()
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"ranks 2, 3 of process 1 did not"):
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match="ranks 2, 3 of process 1 (did not|had ended)"
+        ):
             run(f)
         assert time.monotonic() - began < 6
 
