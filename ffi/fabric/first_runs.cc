@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -185,16 +186,25 @@ bool FirstRuns::IsAmbiguous(const Pending& pending) const {
   return std::ranges::adjacent_find(runs) != runs.end();
 }
 
+// A rank beside this one may have given up for the same reason a moment ago: those of
+// other processes are named before those of its own.
 FirstRuns::Outcome FirstRuns::Fail(const Pending& pending,
-                                   const std::vector<std::int32_t>& missing) {
+                                   const std::vector<std::int32_t>& behind) {
   const FirstRun& run = pending.run;
+  const auto process_of = [&](std::int32_t rank) {
+    return run.process_of[static_cast<std::size_t>(rank)];
+  };
+  std::vector<std::int32_t> missing;
+  std::ranges::copy_if(behind, std::back_inserter(missing), [&](std::int32_t rank) {
+    return process_of(rank) != process_of(run.rank);
+  });
+  if (missing.empty()) missing = behind;
   std::string processes;
   std::int32_t last = -1;
   for (const std::int32_t rank : missing) {
-    const std::int32_t process = run.process_of[static_cast<std::size_t>(rank)];
-    if (process == last) continue;
-    processes += (last < 0 ? " of process " : ", ") + std::to_string(process);
-    last = process;
+    if (process_of(rank) == last) continue;
+    last = process_of(rank);
+    processes += (processes.empty() ? " of process " : ", ") + std::to_string(last);
   }
   const bool ended = !AreAlive(pending, missing);
   return {.failure = run.call + ": rank " + std::to_string(run.rank) + " of " +

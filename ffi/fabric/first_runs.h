@@ -92,7 +92,7 @@ class FirstRuns {
   std::optional<Outcome> LookWhetherAllMet(const Pending& pending);
   std::optional<AgreedCall> CallOfOthers(const Pending& pending);
   bool IsAmbiguous(const Pending& pending) const;
-  static Outcome Fail(const Pending& pending, const std::vector<std::int32_t>& missing);
+  static Outcome Fail(const Pending& pending, const std::vector<std::int32_t>& behind);
 
   const Timeout timeout_;
   std::mutex mutex_;  // guards all below

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "fabric/futex.h"
+#include "fabric/hash.h"
 #include "fabric/work_share.h"
 
 namespace jax_ep {
@@ -31,14 +32,9 @@ namespace {
 
 // What the words of one channel carry in all processes; never 0.
 std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int64_t group) {
-  std::uint64_t hash = 0xcbf29ce484222325ULL;
-  const auto add = [&](std::int64_t number) {
-    hash = (hash ^ static_cast<std::uint64_t>(number)) * 0x100000001b3ULL;
-    hash ^= hash >> 29;
-  };
-  for (const std::int32_t process : process_of) add(process);
-  add(group);
-  return hash | 1;
+  std::uint64_t hash = kHashSeed;
+  for (const std::int32_t process : process_of) hash = Mix(hash, process);
+  return Mix(hash, group) | 1;
 }
 
 // Finds a key in a table that fills up from its start, or returns null.

@@ -13,21 +13,15 @@
 #include <variant>
 #include <vector>
 
+#include "bind/cpu/exchange.h"
+#include "fabric/hash.h"
+
 namespace jax_ep {
 namespace {
 
-constexpr std::uint64_t kHashSeed = 0xcbf29ce484222325ULL;
-
-std::uint64_t Mix(std::uint64_t hash, std::uint64_t number) {
-  hash = (hash ^ number) * 0x100000001b3ULL;
-  return hash ^ (hash >> 29);
-}
-
 std::int64_t IdOf(std::span<const std::int64_t> members) {
   std::uint64_t hash = kHashSeed;
-  for (const std::int64_t member : members) {
-    hash = Mix(hash, static_cast<std::uint64_t>(member));
-  }
+  for (const std::int64_t member : members) hash = Mix(hash, member);
   return static_cast<std::int64_t>(hash);
 }
 
@@ -74,12 +68,14 @@ bool CallSite::IsNewTo(std::int32_t device) {
   return devices_.insert(device).second;
 }
 
-std::variant<std::shared_ptr<const Span>, std::string> CallSite::SpanOf(
-    std::int32_t device, const FirstRun& run, const Group& group, std::int32_t told) {
+std::shared_ptr<const Span> CallSite::SpanOf(std::int32_t device) {
   const std::scoped_lock lock(mutex_);
-  if (const auto known = spans_.find(device); known != spans_.end()) {
-    return known->second;
-  }
+  const auto known = spans_.find(device);
+  return known == spans_.end() ? nullptr : known->second;
+}
+
+std::variant<std::shared_ptr<const Span>, std::string> CallSite::NewSpan(
+    std::int32_t device, const FirstRun& run, std::int32_t told) {
   AgreedCall agreed = {.number = told, .first_run = run.run_id};
   if (told >= 0) {
     ProcessFirstRuns().Remember(run, agreed);
@@ -94,7 +90,8 @@ std::variant<std::shared_ptr<const Span>, std::string> CallSite::SpanOf(
            .here = ProcessIndex(),
            .site = agreed.number,
            .first_run = agreed.first_run,
-           .relay = ProcessHost()->ChannelOf(run.process_of, group.id)});
+           .relay = ProcessHost()->ChannelOf(run.process_of, run.group)});
+  const std::scoped_lock lock(mutex_);
   spans_[device] = span;
   return span;
 }
@@ -112,7 +109,7 @@ FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id
   }
   for (const char* name : {"op", "num_ranks", "num_experts", "num_tokens", "num_topk",
                            "capacity", "row_bytes"}) {
-    run.kind = Mix(run.kind, static_cast<std::uint64_t>(reader.Attribute(name)));
+    run.kind = Mix(run.kind, reader.Attribute(name));
   }
   run.rank = *where.rank;
   for (std::size_t rank = 0; rank < group.members.size(); ++rank) {
@@ -142,27 +139,22 @@ ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
   CallReader reader(operands, results, attributes);
   const Group group = FindGroup(reader, device);
   auto* said = reader.Result<std::int32_t>("number", ffi::DataType::S32, 1);
+  if (!reader.failed()) *said = -1;
+  if (reader.failed() || !group.Spans(ProcessIndex()) || !site->IsNewTo(device)) {
+    reader.failed() ? promise.SetError(reader.error()) : promise.SetAvailable();
+    return future;
+  }
   FirstRun first = DescribeRun(reader, group, run.run_id);
   first.site = site->number;
   if (reader.failed()) {
     promise.SetError(reader.error());
     return future;
   }
-  *said = -1;
-  if (!group.Spans(ProcessIndex()) || !site->IsNewTo(device)) {
-    promise.SetAvailable();
-    return future;
-  }
   const auto number = static_cast<std::int32_t>(site->number);
-  const auto told = [said, number, promise](const FirstRuns::Outcome& outcome) mutable {
-    if (outcome.failure) {
-      promise.SetError(
-          {ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *outcome.failure});
-      return;
-    }
+  const auto told = [said, number, promise](const FirstRuns::Outcome& outcome) {
     *said =
         outcome.known ? static_cast<std::int32_t>(-2 - outcome.known->number) : number;
-    promise.SetAvailable();
+    Complete(promise, outcome.failure);
   };
   ProcessFirstRuns().Await(*ProcessHost(), std::move(first), told);
   return future;

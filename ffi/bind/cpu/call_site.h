@@ -34,9 +34,9 @@ struct Group {
 };
 
 // Finds the group that a device's call belongs to. XLA's ordinal of a CPU device is its
-// id in the whole job. Two devices never have one rank of
-// one group, whatever their program says. What it returns refers to the call's
-// attributes; it is of no use once the reader has failed.
+// id in the whole job: where members are listed, no two devices have one rank of one
+// group, whatever their program says. What it returns refers to the call's attributes;
+// it is of no use once the reader has failed.
 Group FindGroup(CallReader& reader, std::int32_t device);
 
 // Identifies one custom call of a compiled program, the same for all its devices. XLA
@@ -49,12 +49,12 @@ struct CallSite {
   // Returns whether a device runs the call for the first time.
   bool IsNewTo(std::int32_t device);
 
-  // Where a device's rank meets its peers at this call, if they are not all in this
-  // process: told by the roll call on the device's first run, and remembered.
-  std::variant<std::shared_ptr<const Span>, std::string> SpanOf(std::int32_t device,
-                                                                const FirstRun& run,
-                                                                const Group& group,
-                                                                std::int32_t told);
+  // Where a device's rank meets its peers at this call, of which some are in other
+  // processes; null on its first run. Then the roll call has told the call's number.
+  std::shared_ptr<const Span> SpanOf(std::int32_t device);
+  std::variant<std::shared_ptr<const Span>, std::string> NewSpan(std::int32_t device,
+                                                                 const FirstRun& run,
+                                                                 std::int32_t told);
 
   std::int64_t number;
 

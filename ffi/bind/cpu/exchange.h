@@ -96,14 +96,17 @@ std::shared_ptr<const Span> FindSpan(CallSite* site, std::int32_t device,
                                      CallReader& reader, PendingCall<Op>& call) {
   if (reader.failed() || !group.Spans(ProcessIndex())) return nullptr;
   const SpanningCall spanning = ReadSpanningCall(reader, Op::kPullsRows);
-  const FirstRun run = DescribeRun(reader, group, run_id);
   if (reader.failed()) return nullptr;
-  auto found = site->SpanOf(device, run, group, spanning.numbers[0]);
-  if (const auto* problem = std::get_if<std::string>(&found)) {
-    reader.Fail(*problem);
-    return nullptr;
+  auto span = site->SpanOf(device);
+  if (span == nullptr) {
+    const FirstRun run = DescribeRun(reader, group, run_id);
+    auto made = site->NewSpan(device, run, spanning.numbers[0]);
+    if (const auto* problem = std::get_if<std::string>(&made)) {
+      reader.Fail(*problem);
+      return nullptr;
+    }
+    span = std::move(std::get<std::shared_ptr<const Span>>(made));
   }
-  auto span = std::move(std::get<std::shared_ptr<const Span>>(found));
   call.publication = Op::PublicationOf(call.args, spanning, *span);
   return span;
 }
