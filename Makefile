@@ -33,6 +33,7 @@ lint: $(PACKAGE) $(TOOLS) build/lint/compile_commands.json ## check style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(RUN)
 	$(BIN)/lint-imports --no-cache
+	$(RUN) ffi/check_includes.py
 	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy '\.cc$$' > build/lint/clang-tidy.log 2>&1 \
 	  || { cat build/lint/clang-tidy.log; exit 1; }

@@ -129,7 +129,7 @@ def end_at(phase: int, exchanges: int, signal: int) -> None:
     """Ends this process by a signal, or by exiting if that is 0, in a phase of an exchange.
 
     Args:
-      phase: its number in ``ffi/fabric/process_words.h``.
+      phase: its number in ``ffi/fabric/processes/process_words.h``.
       exchanges: how many exchanges with other processes come before.
       signal: what the process sends itself.
     """

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/work.h"
 #include "cpu/plan_fault.h"
-#include "cpu/work.h"
 
 namespace jax_ep {
 

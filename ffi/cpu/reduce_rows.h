@@ -2,7 +2,7 @@
 #define JAX_EP_FFI_CPU_REDUCE_ROWS_H_
 
 #include "common/reduce_rows.h"
-#include "cpu/work.h"
+#include "common/work.h"
 
 namespace jax_ep {
 

@@ -2,7 +2,7 @@
 #define JAX_EP_FFI_CPU_ROW_DOTS_H_
 
 #include "common/row_dots.h"
-#include "cpu/work.h"
+#include "common/work.h"
 
 namespace jax_ep {
 

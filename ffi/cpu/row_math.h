@@ -46,19 +46,6 @@ struct RowMath {
 // Returns the best table that this CPU runs.
 const RowMath& BestRowMath();
 
-// Runs denormals and rounding as IEEE 754 says while it lives. XLA may have set its
-// threads to flush denormals, and which thread runs a chunk must not show in results.
-class ScopedIeee {
- public:
-  ScopedIeee();
-  ~ScopedIeee();
-  ScopedIeee(const ScopedIeee&) = delete;
-  ScopedIeee& operator=(const ScopedIeee&) = delete;
-
- private:
-  std::uint64_t saved_;
-};
-
 }  // namespace jax_ep
 
 #endif  // JAX_EP_FFI_CPU_ROW_MATH_H_

@@ -13,7 +13,7 @@
 #include "check.h"
 #include "cpu/gather_rows.h"
 #include "cpu/plan_fault.h"
-#include "fabric/meeting.h"
+#include "fabric/threads/meeting.h"
 #include "gathering.h"
 #include "plan_reference.h"
 #include "threads.h"

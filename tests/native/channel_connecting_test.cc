@@ -10,7 +10,7 @@
 
 #include "captured_reports.h"
 #include "check.h"
-#include "fabric/channel.h"
+#include "fabric/processes/channel.h"
 #include "simulated_processes.h"
 #include "threads.h"
 

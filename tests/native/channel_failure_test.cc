@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/channel.h"
-#include "fabric/futex.h"
-#include "fabric/process_words.h"
+#include "fabric/processes/channel.h"
+#include "fabric/processes/futex.h"
+#include "fabric/processes/process_words.h"
 #include "simulated_processes.h"
 #include "threads.h"
 

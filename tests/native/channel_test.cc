@@ -1,4 +1,4 @@
-#include "fabric/channel.h"
+#include "fabric/processes/channel.h"
 
 #include <algorithm>
 #include <array>
@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/process_words.h"
+#include "fabric/processes/process_words.h"
 #include "simulated_processes.h"
 #include "threads.h"
 

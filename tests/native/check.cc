@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "fabric/report.h"
+#include "fabric/threads/report.h"
 
 namespace jax_ep {
 namespace {

@@ -1,4 +1,4 @@
-#include "fabric/cores.h"
+#include "fabric/work/cores.h"
 
 #if defined(__linux__)
 #include <sched.h>

@@ -1,7 +1,7 @@
 // Ranks of two processes agree to run a call for the first time: `FirstRuns`, with the
 // boards of two hosts that are in this one process.
 
-#include "fabric/first_runs.h"
+#include "fabric/processes/first_runs.h"
 
 #include <unistd.h>
 
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/host.h"
+#include "fabric/processes/host.h"
 #include "threads.h"
 
 namespace jax_ep {

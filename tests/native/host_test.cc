@@ -1,4 +1,4 @@
-#include "fabric/host.h"
+#include "fabric/processes/host.h"
 
 #include <sys/resource.h>
 #include <sys/types.h>
@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/meeting.h"
-#include "fabric/process_words.h"
+#include "fabric/processes/process_words.h"
+#include "fabric/threads/meeting.h"
 #include "simulated_processes.h"
 #include "threads.h"
 

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/meeting.h"
-#include "fabric/work_share.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/work_share.h"
 #include "meeting_calls.h"
 #include "threads.h"
 

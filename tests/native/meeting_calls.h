@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "fabric/meeting.h"
+#include "fabric/threads/meeting.h"
 
 namespace jax_ep {
 

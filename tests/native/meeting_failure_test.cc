@@ -12,7 +12,7 @@
 
 #include "captured_reports.h"
 #include "check.h"
-#include "fabric/meeting.h"
+#include "fabric/threads/meeting.h"
 #include "meeting_calls.h"
 #include "threads.h"
 

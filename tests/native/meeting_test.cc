@@ -1,4 +1,4 @@
-#include "fabric/meeting.h"
+#include "fabric/threads/meeting.h"
 
 #include <barrier>
 #include <chrono>

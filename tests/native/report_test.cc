@@ -1,4 +1,4 @@
-#include "fabric/report.h"
+#include "fabric/threads/report.h"
 
 #include <fcntl.h>
 #include <unistd.h>

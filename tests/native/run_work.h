@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/row_math.h"
-#include "cpu/work.h"
+#include "common/work.h"
+#include "fabric/work/ieee.h"
 #include "threads.h"
 
 namespace jax_ep {

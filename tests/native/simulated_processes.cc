@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "check.h"
-#include "fabric/channel.h"
-#include "fabric/meeting.h"
+#include "fabric/processes/channel.h"
+#include "fabric/threads/meeting.h"
 
 namespace jax_ep {
 namespace {

@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "fabric/channel.h"
-#include "fabric/meeting.h"
-#include "fabric/process_words.h"
-#include "fabric/work_share.h"
+#include "fabric/processes/channel.h"
+#include "fabric/processes/process_words.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/work_share.h"
 #include "threads.h"
 
 namespace jax_ep {

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "fabric/work_share.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 

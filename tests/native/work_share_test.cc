@@ -1,4 +1,4 @@
-#include "fabric/work_share.h"
+#include "fabric/work/work_share.h"
 
 #include <atomic>
 #include <cstddef>

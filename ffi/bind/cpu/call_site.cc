@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "bind/cpu/exchange.h"
-#include "fabric/hash.h"
+#include "fabric/processes/hash.h"
 
 namespace jax_ep {
 namespace {

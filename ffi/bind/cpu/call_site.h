@@ -12,9 +12,9 @@
 #include <variant>
 
 #include "bind/call_reader.h"
-#include "fabric/first_runs.h"
-#include "fabric/host.h"
-#include "fabric/meeting.h"
+#include "fabric/processes/first_runs.h"
+#include "fabric/processes/host.h"
+#include "fabric/threads/meeting.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {

@@ -15,8 +15,8 @@
 #include "bind/cpu/call_site.h"
 #include "cpu/plan_fault.h"
 #include "cpu/publish_rows.h"
-#include "fabric/meeting.h"
-#include "fabric/work_share.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/work_share.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {

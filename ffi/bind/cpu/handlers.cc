@@ -10,8 +10,8 @@
 #include "cpu/publish_rows.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/row_dots.h"
-#include "fabric/meeting.h"
-#include "fabric/work_share.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 namespace {

@@ -20,8 +20,8 @@
 #include "bind/cpu/call_site.h"
 #include "bind/cpu/exchange.h"
 #include "cpu/row_math.h"
-#include "fabric/host.h"
-#include "fabric/meeting.h"
+#include "fabric/processes/host.h"
+#include "fabric/threads/meeting.h"
 
 namespace jax_ep {
 

@@ -1,4 +1,4 @@
-#include "fabric/futex.h"
+#include "fabric/processes/futex.h"
 
 #include <algorithm>
 

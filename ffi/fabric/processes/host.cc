@@ -1,4 +1,4 @@
-#include "fabric/host.h"
+#include "fabric/processes/host.h"
 
 #include <poll.h>
 #include <unistd.h>
@@ -23,9 +23,9 @@
 #include <variant>
 #include <vector>
 
-#include "fabric/futex.h"
-#include "fabric/hash.h"
-#include "fabric/work_share.h"
+#include "fabric/processes/futex.h"
+#include "fabric/processes/hash.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 namespace {

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_FUTEX_H_
-#define JAX_EP_FFI_FABRIC_FUTEX_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
 
 #include <atomic>
 #include <chrono>
@@ -18,4 +18,4 @@ void AwaitRing(const Bell& bell, std::uint32_t seen, std::chrono::nanoseconds lo
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_FUTEX_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_

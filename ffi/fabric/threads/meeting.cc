@@ -1,4 +1,4 @@
-#include "fabric/meeting.h"
+#include "fabric/threads/meeting.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "fabric/report.h"
+#include "fabric/threads/report.h"
 
 namespace jax_ep {
 namespace {

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_WORK_SHARE_H_
-#define JAX_EP_FFI_FABRIC_WORK_SHARE_H_
+#ifndef JAX_EP_FFI_FABRIC_WORK_WORK_SHARE_H_
+#define JAX_EP_FFI_FABRIC_WORK_WORK_SHARE_H_
 
 #include <atomic>
 #include <cstddef>
@@ -7,7 +7,7 @@
 #include <functional>
 #include <vector>
 
-#include "cpu/work.h"
+#include "common/work.h"
 
 namespace jax_ep {
 
@@ -62,4 +62,4 @@ void RunTogether(std::vector<Work> works, const Schedule& schedule,
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_WORK_SHARE_H_
+#endif  // JAX_EP_FFI_FABRIC_WORK_WORK_SHARE_H_

@@ -1,9 +1,9 @@
-#ifndef JAX_EP_FFI_FABRIC_DESCRIBE_WORDS_H_
-#define JAX_EP_FFI_FABRIC_DESCRIBE_WORDS_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_DESCRIBE_WORDS_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_DESCRIBE_WORDS_H_
 
 #include <string>
 
-#include "fabric/process_words.h"
+#include "fabric/processes/process_words.h"
 
 namespace jax_ep {
 
@@ -22,4 +22,4 @@ std::string LastSeen(const ProcessWords& words);
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_DESCRIBE_WORDS_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_DESCRIBE_WORDS_H_

@@ -1,4 +1,4 @@
-#include "fabric/work_share.h"
+#include "fabric/work/work_share.h"
 
 #include <algorithm>
 #include <chrono>
@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/row_math.h"
-#include "fabric/cores.h"
+#include "fabric/work/cores.h"
+#include "fabric/work/ieee.h"
 
 namespace jax_ep {
 namespace {

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_CORES_H_
-#define JAX_EP_FFI_FABRIC_CORES_H_
+#ifndef JAX_EP_FFI_FABRIC_WORK_CORES_H_
+#define JAX_EP_FFI_FABRIC_WORK_CORES_H_
 
 namespace jax_ep {
 
@@ -12,4 +12,4 @@ void LeaveCore();
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_CORES_H_
+#endif  // JAX_EP_FFI_FABRIC_WORK_CORES_H_

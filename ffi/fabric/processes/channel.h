@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_CHANNEL_H_
-#define JAX_EP_FFI_FABRIC_CHANNEL_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_CHANNEL_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_CHANNEL_H_
 
 #include <chrono>
 #include <condition_variable>
@@ -15,10 +15,10 @@
 #include <variant>
 #include <vector>
 
-#include "cpu/work.h"
-#include "fabric/meeting.h"
-#include "fabric/process_words.h"
-#include "fabric/work_share.h"
+#include "common/work.h"
+#include "fabric/processes/process_words.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 
@@ -135,4 +135,4 @@ class Channel : public Relay {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_CHANNEL_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_CHANNEL_H_

@@ -1,12 +1,13 @@
-#ifndef JAX_EP_FFI_CPU_WORK_H_
-#define JAX_EP_FFI_CPU_WORK_H_
+#ifndef JAX_EP_FFI_COMMON_WORK_H_
+#define JAX_EP_FFI_COMMON_WORK_H_
 
 #include <cstdint>
 
 namespace jax_ep {
 
 // One rank's share of an exchange, cut into chunks that any threads may run, in any
-// order and at the same time, once the peers' buffers are ready.
+// order and at the same time, once the peers' buffers are ready. Kernels make it;
+// fabrics run it, with floating point as IEEE 754 says.
 struct Work {
   const void* args = nullptr;  // the op's Args
   void (*run)(const void* args, std::int64_t chunk) = nullptr;
@@ -28,4 +29,4 @@ constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_CPU_WORK_H_
+#endif  // JAX_EP_FFI_COMMON_WORK_H_

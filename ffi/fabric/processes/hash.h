@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_HASH_H_
-#define JAX_EP_FFI_FABRIC_HASH_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_HASH_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_HASH_H_
 
 #include <cstdint>
 
@@ -16,4 +16,4 @@ constexpr std::uint64_t Mix(std::uint64_t hash, std::int64_t number) {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_HASH_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_HASH_H_

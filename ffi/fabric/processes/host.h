@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_HOST_H_
-#define JAX_EP_FFI_FABRIC_HOST_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_HOST_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_HOST_H_
 
 #include <sys/types.h>
 
@@ -18,11 +18,11 @@
 #include <variant>
 #include <vector>
 
-#include "fabric/channel.h"
-#include "fabric/crew.h"
-#include "fabric/meeting.h"
-#include "fabric/process_words.h"
-#include "fabric/shared_file.h"
+#include "fabric/processes/channel.h"
+#include "fabric/processes/process_words.h"
+#include "fabric/processes/shared_file.h"
+#include "fabric/threads/meeting.h"
+#include "fabric/work/crew.h"
 
 namespace jax_ep {
 
@@ -125,4 +125,4 @@ class Host {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_HOST_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_HOST_H_

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_SHARED_FILE_H_
-#define JAX_EP_FFI_FABRIC_SHARED_FILE_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_SHARED_FILE_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_SHARED_FILE_H_
 
 #include <sys/types.h>
 
@@ -51,4 +51,4 @@ class SharedFile {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_SHARED_FILE_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_SHARED_FILE_H_

@@ -1,4 +1,4 @@
-#include "fabric/first_runs.h"
+#include "fabric/processes/first_runs.h"
 
 #include <algorithm>
 #include <chrono>

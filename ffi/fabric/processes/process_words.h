@@ -1,11 +1,11 @@
-#ifndef JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
-#define JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_PROCESS_WORDS_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_PROCESS_WORDS_H_
 
 #include <array>
 #include <atomic>
 #include <cstdint>
 
-#include "fabric/futex.h"
+#include "fabric/processes/futex.h"
 
 namespace jax_ep {
 
@@ -73,4 +73,4 @@ struct alignas(64) ProcessWords {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_PROCESS_WORDS_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_PROCESS_WORDS_H_

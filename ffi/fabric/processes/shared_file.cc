@@ -1,4 +1,4 @@
-#include "fabric/shared_file.h"
+#include "fabric/processes/shared_file.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>

@@ -1,9 +1,9 @@
-#include "fabric/describe_words.h"
+#include "fabric/processes/describe_words.h"
 
 #include <atomic>
 #include <string>
 
-#include "fabric/process_words.h"
+#include "fabric/processes/process_words.h"
 
 namespace jax_ep {
 

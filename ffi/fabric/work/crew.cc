@@ -1,4 +1,4 @@
-#include "fabric/crew.h"
+#include "fabric/work/crew.h"
 
 #include <functional>
 #include <mutex>

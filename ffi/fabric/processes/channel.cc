@@ -1,4 +1,4 @@
-#include "fabric/channel.h"
+#include "fabric/processes/channel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,10 +21,10 @@
 #include <variant>
 #include <vector>
 
-#include "fabric/cores.h"
-#include "fabric/describe_words.h"
-#include "fabric/futex.h"
-#include "fabric/report.h"
+#include "fabric/processes/describe_words.h"
+#include "fabric/processes/futex.h"
+#include "fabric/threads/report.h"
+#include "fabric/work/cores.h"
 
 namespace jax_ep {
 namespace {

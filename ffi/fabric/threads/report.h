@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_REPORT_H_
-#define JAX_EP_FFI_FABRIC_REPORT_H_
+#ifndef JAX_EP_FFI_FABRIC_THREADS_REPORT_H_
+#define JAX_EP_FFI_FABRIC_THREADS_REPORT_H_
 
 #include <functional>
 #include <string>
@@ -23,4 +23,4 @@ ReportSink SetReportSink(ReportSink sink);
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_REPORT_H_
+#endif  // JAX_EP_FFI_FABRIC_THREADS_REPORT_H_

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_CREW_H_
-#define JAX_EP_FFI_FABRIC_CREW_H_
+#ifndef JAX_EP_FFI_FABRIC_WORK_CREW_H_
+#define JAX_EP_FFI_FABRIC_WORK_CREW_H_
 
 #include <condition_variable>
 #include <cstddef>
@@ -36,4 +36,4 @@ class Crew {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_CREW_H_
+#endif  // JAX_EP_FFI_FABRIC_WORK_CREW_H_

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_FIRST_RUNS_H_
-#define JAX_EP_FFI_FABRIC_FIRST_RUNS_H_
+#ifndef JAX_EP_FFI_FABRIC_PROCESSES_FIRST_RUNS_H_
+#define JAX_EP_FFI_FABRIC_PROCESSES_FIRST_RUNS_H_
 
 #include <atomic>
 #include <chrono>
@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "fabric/host.h"
+#include "fabric/processes/host.h"
 
 namespace jax_ep {
 
@@ -105,4 +105,4 @@ class FirstRuns {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_FIRST_RUNS_H_
+#endif  // JAX_EP_FFI_FABRIC_PROCESSES_FIRST_RUNS_H_

@@ -1,5 +1,5 @@
-#ifndef JAX_EP_FFI_FABRIC_MEETING_H_
-#define JAX_EP_FFI_FABRIC_MEETING_H_
+#ifndef JAX_EP_FFI_FABRIC_THREADS_MEETING_H_
+#define JAX_EP_FFI_FABRIC_THREADS_MEETING_H_
 
 #include <array>
 #include <chrono>
@@ -15,8 +15,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/work.h"
-#include "fabric/work_share.h"
+#include "common/work.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 
@@ -204,4 +204,4 @@ class MeetingPoint {
 
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_FABRIC_MEETING_H_
+#endif  // JAX_EP_FFI_FABRIC_THREADS_MEETING_H_

@@ -1,0 +1,36 @@
+#include "fabric/work/ieee.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace jax_ep {
+namespace {
+
+#if defined(__x86_64__)
+constexpr std::uint32_t kDefaultControl = 0x1f80;  // all exceptions masked, nearest
+
+std::uint64_t ReadControl() { return _mm_getcsr(); }
+void WriteControl(std::uint64_t value) {
+  _mm_setcsr(static_cast<std::uint32_t>(value));
+}
+#elif defined(__aarch64__)
+constexpr std::uint64_t kDefaultControl = 0;
+
+std::uint64_t ReadControl() { return __builtin_aarch64_get_fpcr(); }
+void WriteControl(std::uint64_t value) {
+  __builtin_aarch64_set_fpcr(static_cast<std::uint32_t>(value));
+}
+#else
+#error "jax_ep supports x86-64 and arm64"
+#endif
+
+}  // namespace
+
+ScopedIeee::ScopedIeee() : saved_(ReadControl()) { WriteControl(kDefaultControl); }
+
+ScopedIeee::~ScopedIeee() { WriteControl(saved_); }
+
+}  // namespace jax_ep
