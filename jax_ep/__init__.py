@@ -9,8 +9,9 @@ from jax_ep._library import register as register
 from jax_ep._make_plan import make_plan as make_plan
 from jax_ep._metrics import load_metrics as load_metrics
 from jax_ep._moe import moe as moe
-from jax_ep._native import set_wait_timeout as set_wait_timeout
 from jax_ep._plan import Plan as Plan
 from jax_ep._types import DROPPED as DROPPED
+from jax_ep._waits import log_calls as log_calls
+from jax_ep._waits import set_wait_timeout as set_wait_timeout
 
 __version__ = "0.1.0"

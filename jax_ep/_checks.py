@@ -59,10 +59,34 @@ def check_array(name: str, value: Any, dims: str) -> None:
       TypeError: it has no shape or dtype.
       ValueError: it has another number of axes, or the size of one is not known.
     """
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"{name} must be an array [{dims}]; got {type(value).__name__}.")
+    _check_is_array(name, value, dims)
     if value.ndim != len(dims.split(", ")):
         raise ValueError(f"{name} must have shape [{dims}]; got {list(value.shape)}.")
+    _check_known(name, value, dims)
+
+
+def check_leading_axis(name: str, value: Any, size: int, dim: str) -> None:
+    """Checks that ``value`` is an array whose first axis has a size that it must have.
+
+    Raises:
+      TypeError: it has no shape or dtype.
+      ValueError: it has no axis, or one of another size, or the size of one is not known.
+    """
+    dims = f"{dim}, ..."
+    _check_is_array(name, value, dims)
+    if value.ndim == 0 or value.shape[0] != size:
+        raise ValueError(
+            f"{name} must have shape [{dims}] = [{size}, ...]; got {list(value.shape)}."
+        )
+    _check_known(name, value, dims)
+
+
+def _check_is_array(name: str, value: Any, dims: str) -> None:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be an array [{dims}]; got {type(value).__name__}.")
+
+
+def _check_known(name: str, value: Any, dims: str) -> None:
     if not all(isinstance(size, int) for size in value.shape):
         raise ValueError(
             f"{name} must have shape [{dims}] of known sizes; got {list(value.shape)}, which has "

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jax_ep._axes import check_use, place
+from jax_ep._axes import check_use
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._exchange import exchange
+from jax_ep._ops import REDUCE_ROWS, REDUCE_SCALED
 from jax_ep._plan import Plan
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -57,13 +58,12 @@ def combine(
             f"rows must have one of the dtypes {_DTYPES}: widen them; got {rows.dtype}."
         )
     check_shape("rows", rows, (plan.capacity, rows.shape[1]), "capacity, hidden")
-    payloads = [rows]
+    op, payloads = REDUCE_ROWS, [rows]
     if topk_weights is not None:
         check_array("topk_weights", topk_weights, "num_tokens, num_topk")
         choices = (plan.num_tokens, plan.num_topk)
         check_shape("topk_weights", topk_weights, choices, "num_tokens, num_topk")
         check_dtype("topk_weights", topk_weights, jnp.float32)
-        payloads.append(topk_weights)
-    binding = check_use(plan)
-    where = place(plan._layout)
-    return exchange("reduce_rows", plan._layout, binding, "combine", where, plan._route, *payloads)
+        op, payloads = REDUCE_SCALED, [rows, topk_weights]
+    [out] = exchange(op, plan, check_use(plan), "combine", payloads)
+    return out

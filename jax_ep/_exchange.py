@@ -7,13 +7,15 @@ exchanges. What carries an exchange is decided where it is lowered, in ``_loweri
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
-from jax_ep._axes import Place
+from jax_ep._axes import Place, place
+from jax_ep._call import Operands
 from jax_ep._compat import (
     Primitive,
     debug_nans,
@@ -24,47 +26,37 @@ from jax_ep._compat import (
 )
 from jax_ep._layout import Layout
 from jax_ep._lowering import register_lowerings
-from jax_ep._ops import Op, result_shapes, transposed
-from jax_ep._plan import PlanArrays, Route
+from jax_ep._ops import PLAN, Op, transposed
+from jax_ep._plan import Plan, PlanArrays
 from jax_ep._types import Binding
-
-# Before the payloads come the place and, but for the plan itself, the route.
-_NUM_FIXED = len(Place._fields) + len(Route._fields)
 
 
 def exchange_plan(
     layout: Layout, binding: Binding, where: Place, topk_idx: jax.Array
 ) -> PlanArrays:
     """Computes this rank's plan, together with its peers."""
-    results = _bind(*where, topk_idx, op="plan", layout=layout, binding=binding, call="make_plan")
+    results = _bind(*where, topk_idx, op=PLAN, layout=layout, binding=binding, call="make_plan")
     return PlanArrays(*results)
 
 
 def exchange(
-    op: Op,
-    layout: Layout,
-    binding: Binding,
-    call: str,
-    where: Place,
-    route: Route,
-    *payloads: jax.Array,
-) -> jax.Array:
+    op: Op, plan: Plan, binding: Binding, call: str, payloads: Sequence[jax.Array]
+) -> list[jax.Array]:
     """Runs an op for one rank, together with its peers.
 
     Args:
       op: which one.
-      layout: static geometry of the plan.
-      binding: how the axis is bound.
+      plan: where everything goes.
+      binding: how the plan's axis is bound here.
       call: the public function that wants it, for errors.
-      where: which rank this is.
-      route: the plan's arrays.
-      *payloads: one or two arrays; the result is linear in each.
+      payloads: what the op takes besides the plan.
 
     Returns:
       What the op returns for this rank.
     """
-    [out] = _bind(*where, *route, *payloads, op=op, layout=layout, binding=binding, call=call)
-    return out
+    layout = plan._layout
+    operands = (*place(layout), *plan._arrays, *payloads)
+    return _bind(*operands, op=op, layout=layout, binding=binding, call=call)
 
 
 def _bind(*operands: jax.Array, layout: Layout, **params: Any) -> list[jax.Array]:
@@ -79,20 +71,14 @@ def _readable(layout: Layout) -> Layout:
     return dataclasses.replace(layout, tail="zero") if debug_nans() else layout
 
 
-def _payload_index(op: Op) -> int:
-    return len(Place._fields) if op == "plan" else _NUM_FIXED
-
-
 def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
     return run_primitive(_exchange_p, *operands, layout=_readable(layout), **params)
 
 
 def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:
-    payload, stack = operands[_payload_index(op)], operands[0].shape
-    return [
-        result_type(stack + shape, dtype, payload)
-        for shape, dtype in result_shapes(op, layout, payload)
-    ]
+    where, _, payloads = Operands.of(op, operands)
+    types = op.result_types(layout, payloads)
+    return [result_type(where.rank.shape + shape, dtype, payloads[0]) for shape, dtype in types]
 
 
 def _batch(
@@ -145,40 +131,45 @@ def _one_by_one(
 def _jvp(
     primals: list[Any], tangents: list[Any], *, op: Op, call: str, **params: Any
 ) -> tuple[list[jax.Array], list[Any]]:
-    bind = functools.partial(_exchange_p.bind, op=op, **params)
-    out = bind(*primals, call=call)
-    payloads = range(_payload_index(op), len(primals))
-    terms = []
-    for i in payloads:
-        if not isinstance(tangents[i], ad.Zero):
-            operands = [*primals[:i], tangents[i], *primals[i + 1 :]]
-            terms += bind(*operands, call=_derived(call, "derivative"))
-    if not terms:
-        return out, [zero_tangent(x) for x in out]
-    return out, [functools.reduce(ad.add_jaxvals, terms)]
+    out = _exchange_p.bind(*primals, op=op, call=call, **params)
+    bind = functools.partial(_exchange_p.bind, op=op, call=_derived(call, "derivative"), **params)
+    num_fixed = len(primals) - len(Operands.of(op, primals).payloads)
+    moving = [i for i in range(num_fixed, len(primals)) if not isinstance(tangents[i], ad.Zero)]
+    out_tangents = [zero_tangent(x) for x in out]
+    if op.is_joint and moving:
+        moved = bind(*primals[:num_fixed], *(tangents[i] for i in moving))
+        for i, tangent in zip(moving, moved, strict=True):
+            out_tangents[i - num_fixed] = tangent
+    elif moving:
+        terms = [bind(*primals[:i], tangents[i], *primals[i + 1 :])[0] for i in moving]
+        out_tangents = [functools.reduce(ad.add_jaxvals, terms)]
+    return out, out_tangents
 
 
 def _transpose(
-    cotangents: list[Any], *operands: Any, op: Op, layout: Layout, binding: str, call: str
+    cotangents: list[Any], *operands: Any, op: Op, layout: Layout, binding: Binding, call: str
 ) -> list[Any]:
-    [linear] = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
-    [cotangent] = cotangents
+    payloads = Operands.of(op, operands).payloads
+    num_fixed = len(operands) - len(payloads)
+    if not op.is_joint:  # One result, whichever payload it is linear in.
+        cotangents = cotangents * len(payloads)
+    back = [i for i, x in enumerate(payloads) if ad.is_undefined_primal(x)]
+    back = [i for i in back if not isinstance(cotangents[i], ad.Zero)]
     result: list[Any] = [None] * len(operands)
-    if isinstance(cotangent, ad.Zero):
+    if not back:
         return result
-    fixed, payloads = operands[:_NUM_FIXED], operands[_NUM_FIXED:]
-    which = linear - _NUM_FIXED
-    other = payloads[1 - which] if len(payloads) == 2 else None
-    dtype = operands[linear].aval.dtype
-    if dtype.itemsize == 1:  # Summed in float32, and rounded once.
-        cotangent = cotangent.astype(jnp.float32)
-    op, first, second = transposed(op, which, cotangent, other)
-    back = [first] if second is None else [first, second]
-    [out] = _bind(
-        *fixed, *back, op=op, layout=layout, binding=binding, call=_derived(call, "gradient")
-    )
-    result[linear] = out.astype(dtype)
+    wide = [_widen(cotangents[i], payloads[i].aval.dtype) for i in back]
+    other = None if op.is_joint else payloads[1 - back[0]]
+    op, wide = transposed(op, back[0], wide, other)
+    params = {"op": op, "layout": layout, "binding": binding, "call": _derived(call, "gradient")}
+    for i, x in zip(back, _bind(*operands[:num_fixed], *wide, **params), strict=True):
+        result[num_fixed + i] = x.astype(payloads[i].aval.dtype)
     return result
+
+
+def _widen(cotangent: jax.Array, dtype: Any) -> jax.Array:
+    """Has a gradient of 1-byte floats be summed in float32, to be rounded once."""
+    return cotangent.astype(jnp.float32) if dtype.itemsize == 1 else cotangent
 
 
 def _derived(call: str, how: str) -> str:

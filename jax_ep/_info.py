@@ -9,7 +9,8 @@ import platform
 import jax
 
 import jax_ep
-from jax_ep import _native
+from jax_ep import _fabrics, _native
+from jax_ep._compat import trace_platform
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "jax-cuda13-plugin")
 
@@ -58,15 +59,12 @@ def _devices() -> dict[str, str]:
 
 def _implementations() -> dict[str, str]:
     reason = _native.unavailable_reason()
-    native = (
-        "one rank, and the ranks of a vmap axis on one GPU"
-        if jax.default_backend() == "gpu"
-        else "the CPU devices of one host, and the ranks of a vmap axis on one of them"
-    )
+    fabrics = _fabrics.fabrics_for(trace_platform()) if reason is None else []
     return {
         "xla": "serves on every platform, in any number of processes",
-        "native": f"serves {native}" if reason is None else f"does not serve: {reason}",
-        "None": f"takes {'native' if reason is None else 'xla'}",
+        "native": "serves, in this order:" if reason is None else f"does not serve: {reason}",
+        **{f"  {fabric.name}": fabric.serves for fabric in fabrics},
+        "None": f"takes {'native where it serves' if reason is None else 'xla'}",
     }
 
 

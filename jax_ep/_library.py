@@ -2,15 +2,15 @@
 
 import ctypes
 import functools
+import json
 import pathlib
 import threading
 import warnings
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
 from jax_ep._compat import ffi_minor_version
-from jax_ep._ops import OPS
 from jax_ep._types import Platform
 
 _FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
@@ -28,6 +28,7 @@ def library(platform: Platform) -> ctypes.CDLL:
     """Loads a platform's library."""
     loaded = ctypes.CDLL(str(library_path(platform)))
     loaded.jax_ep_ffi_minor_version.restype = ctypes.c_int
+    loaded.jax_ep_handlers.restype = ctypes.c_char_p
     if platform == "gpu":
         loaded.jax_ep_cuda_version.restype = ctypes.c_int
         loaded.jax_ep_max_topk.restype = ctypes.c_int64
@@ -35,6 +36,7 @@ def library(platform: Platform) -> ctypes.CDLL:
         loaded.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
         return loaded
     loaded.jax_ep_instruction_set.restype = ctypes.c_char_p
+    loaded.jax_ep_log_calls.argtypes = [ctypes.c_int]
     loaded.jax_ep_wait_timeout.restype = ctypes.c_double
     loaded.jax_ep_set_wait_timeout.restype = ctypes.c_double
     loaded.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
@@ -116,27 +118,27 @@ def register_handlers(platform: Platform) -> None:
 @functools.cache
 def _register_once(platform: Platform) -> None:
     loaded = library(platform)
-    for op in OPS:
-        _register_target(platform, f"jax_ep_{op}_stacked", f"jax_ep_{op}_stacked")
-    if platform == "gpu":
-        return
-    loaded.jax_ep_set_process(jax.process_index())
-    jax.ffi.register_ffi_type(
-        "jax_ep_call_site",
-        {
+    if platform == "cpu":
+        loaded.jax_ep_set_process(jax.process_index())
+        call_site: Any = {
             "type_id": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_id()),
             "type_info": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_info()),
-        },
-        platform="cpu",
-    )
-    roll_call = {"instantiate": "jax_ep_new_call_site", "execute": "jax_ep_roll_call"}
-    _register_target(platform, "jax_ep_roll_call", roll_call)
-    for op in OPS:
-        stages = {"instantiate": "jax_ep_new_call_site", "execute": f"jax_ep_{op}_devices"}
-        _register_target(platform, f"jax_ep_{op}_devices", stages)
+        }
+        jax.ffi.register_ffi_type("jax_ep_call_site", call_site, platform="cpu")
+    for name, handler in describe_handlers(platform).items():
+        stages = {
+            stage: jax.ffi.pycapsule(getattr(loaded, symbol))
+            for stage, symbol in handler["stages"].items()
+        }
+        jax.ffi.register_ffi_target(name, stages, platform=_FFI_PLATFORMS[platform])
 
 
-def _register_target(platform: Platform, name: str, symbols: str | dict[str, str]) -> None:
-    loaded = library(platform)
-    target = jax.tree.map(lambda symbol: jax.ffi.pycapsule(getattr(loaded, symbol)), symbols)
-    jax.ffi.register_ffi_target(name, target, platform=_FFI_PLATFORMS[platform])
+@functools.cache
+def describe_handlers(platform: Platform) -> dict[str, dict[str, Any]]:
+    """Returns what a platform's library says of its handlers, by the names of their targets.
+
+    Of each: ``stages``, its symbols in the library by XLA's names of the stages that they carry
+    out; and the names of the ``operands``, ``results`` and ``attributes`` that it reads, in order,
+    in which ``*`` stands for one or more of a kind.
+    """
+    return json.loads(library(platform).jax_ep_handlers().decode())

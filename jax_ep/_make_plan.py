@@ -9,10 +9,10 @@ from jaxtyping import Array, Int32
 from jax_ep import _native
 from jax_ep._axes import place, resolve_axis
 from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive
-from jax_ep._compat import trace_platform, vary_together
+from jax_ep._compat import vary_together
 from jax_ep._exchange import exchange_plan
 from jax_ep._layout import Layout, lossless_capacity, padding_reserve
-from jax_ep._plan import Plan, PlanArrays, Route
+from jax_ep._plan import Plan, PlanArrays
 from jax_ep._types import DROPPED, AxisName, Binding, Implementation, Tail
 
 _INT32_MAX = 2**31 - 1
@@ -104,7 +104,7 @@ def make_plan(
     num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
     topk_idx = jnp.where(routed, topk_idx, DROPPED)
     arrays = exchange_plan(layout, binding, where, topk_idx)
-    return _assemble(layout, binding, topk_idx, num_invalid, arrays)
+    return _assemble(layout, binding, num_invalid, arrays)
 
 
 def _resolve_capacity(
@@ -138,9 +138,7 @@ def _resolve_implementation(
     check_one_of("implementation", implementation, (None, "xla", "native"))
     if implementation is None:
         return "native" if _native.serves(layout, binding) else "xla"
-    if implementation == "native" and (
-        reason := _native.refusal(trace_platform(), layout, binding)
-    ):
+    if implementation == "native" and (reason := _native.refusal(layout, binding)):
         raise NotImplementedError(f"implementation='native' cannot serve here: {reason}")
     return implementation
 
@@ -148,7 +146,6 @@ def _resolve_implementation(
 def _assemble(
     layout: Layout,
     binding: Binding,
-    topk_idx: jax.Array,
     num_invalid: jax.Array,
     arrays: PlanArrays,
 ) -> Plan:
@@ -163,15 +160,6 @@ def _assemble(
         recv_counts=arrays.recv_counts,
         num_dropped=arrays.num_dropped,
         num_invalid=num_invalid,
-        _route=Route(
-            topk_idx=topk_idx,
-            send_row=arrays.send_row,
-            recv_choice=arrays.recv_choice,
-            recv_row=arrays.recv_row,
-            recv_counts=arrays.recv_counts,
-            group_sizes=arrays.group_sizes,
-            group_rows=arrays.group_rows,
-            fingerprint=arrays.fingerprint,
-        ),
+        _arrays=arrays,
         _layout=layout,
     )

@@ -54,13 +54,14 @@ def load_metrics(
     check_use(plan)
     # Bytes in float32: they pass the largest int32 soon.
     row_bytes = float(hidden * jnp.dtype(dtype).itemsize)
-    num_valid = jnp.sum(plan._route.topk_idx != DROPPED, dtype=jnp.float32)
+    num_kept = jnp.sum(plan.kept, dtype=jnp.float32)
+    num_dropped = plan.num_dropped.astype(jnp.float32)
     return {
         "expert_load_max_over_mean": max_over_mean(plan.expert_load),
         "rank_load_max_over_mean": max_over_mean(rank_load(plan.expert_load, plan.num_ranks)),
-        "dropped_fraction": plan.num_dropped.astype(jnp.float32) / jnp.maximum(num_valid, 1),
+        "dropped_fraction": num_dropped / jnp.maximum(num_kept + num_dropped, 1),
         "recv_rows": jnp.sum(plan.recv_counts, dtype=jnp.int32),
-        "logical_bytes": row_bytes * jnp.sum(plan.kept, dtype=jnp.float32),
+        "logical_bytes": row_bytes * num_kept,
         "wire_bytes": row_bytes * _count_wire_rows(plan).astype(jnp.float32),
     }
 
@@ -79,9 +80,9 @@ def rank_load(expert_load: Num[Array, "num_experts"], num_ranks: int) -> Num[Arr
 
 def _count_wire_rows(plan: Plan) -> jax.Array:
     """Counts the pairs of a token of this rank and another rank that it has a kept choice on."""
-    owner = plan._route.topk_idx // plan.num_local_experts
-    leaves = plan.kept & (owner != place(plan._layout).rank)
+    send_rank = plan._arrays.send_rank
+    here = place(plan._layout).rank
     # Side by side in order, a rank that a token goes to twice repeats its left neighbour.
-    ranks = jnp.sort(jnp.where(leaves, owner, DROPPED), axis=1)
+    ranks = jnp.sort(jnp.where(send_rank == here, DROPPED, send_rank), axis=1)
     repeats = jnp.pad(ranks[:, 1:] == ranks[:, :-1], ((0, 0), (1, 0)))
     return jnp.sum((ranks != DROPPED) & ~repeats, dtype=jnp.int32)

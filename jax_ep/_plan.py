@@ -12,12 +12,15 @@ from jax_ep._types import AxisName, Implementation, Tail
 
 
 class PlanArrays(NamedTuple):
-    """What an implementation computes for one rank's plan, in the order native code returns it.
+    """All that is known of one rank's plan, in the order in which it travels.
 
-    It is given the choices with ``DROPPED`` in place of every index that is not routed.
+    An implementation computes it, given the choices with ``DROPPED`` in place of every index that
+    is not routed; every later exchange is given all of it. Native code reads and writes the arrays
+    in this order too.
 
     The two ``recv`` arrays list the rows this rank receives, ordered by (source rank, token, k), so
     that all rows of one token stand together. Entries past ``sum(recv_counts)`` hold anything.
+    ``send_rank`` and ``send_row`` say where each of its own choices went, or are ``DROPPED``.
     """
 
     group_sizes: Int32[Array, "num_local_experts"]
@@ -25,6 +28,7 @@ class PlanArrays(NamedTuple):
     expert_load: Int32[Array, "num_experts"]
     recv_counts: Int32[Array, "num_ranks"]
     num_dropped: Int32[Array, ""]
+    send_rank: Int32[Array, "num_tokens num_topk"]
     send_row: Int32[Array, "num_tokens num_topk"]
     recv_choice: Int32[Array, "capacity"]
     recv_row: Int32[Array, "capacity"]
@@ -32,21 +36,15 @@ class PlanArrays(NamedTuple):
     fingerprint: UInt32[Array, ""]
 
 
-class Route(NamedTuple):
-    """All that an exchange reads of a plan, apart from what its user sees and may replace.
-
-    ``topk_idx`` are this rank's choices with ``DROPPED`` for whatever is not routed; the rest is as
-    in ``PlanArrays``.
-    """
-
-    topk_idx: Int32[Array, "num_tokens num_topk"]
-    send_row: Int32[Array, "num_tokens num_topk"]
-    recv_choice: Int32[Array, "capacity"]
-    recv_row: Int32[Array, "capacity"]
-    recv_counts: Int32[Array, "num_ranks"]
-    group_sizes: Int32[Array, "num_local_experts"]
-    group_rows: Int32[Array, "num_local_experts"]
-    fingerprint: UInt32[Array, ""]
+def array_types(layout: Layout) -> list[tuple[tuple[int, ...], jnp.dtype]]:
+    """Returns shape and dtype of each of a plan's arrays on one rank, from their annotations."""
+    return [
+        (
+            tuple(getattr(layout, dim) for dim in annotation.dim_str.split()),
+            jnp.dtype(annotation.dtypes[0]),
+        )
+        for annotation in PlanArrays.__annotations__.values()
+    ]
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +72,7 @@ class Plan:
     recv_counts: Int32[Array, "num_ranks"]
     num_dropped: Int32[Array, ""]
     num_invalid: Int32[Array, ""]
-    _route: Route
+    _arrays: PlanArrays
     _layout: Layout = dataclasses.field(metadata={"static": True})
 
     @property
@@ -139,11 +137,8 @@ def check_arrays(plan: Plan) -> None:
       TypeError: an array has another dtype.
       ValueError: an array has another shape.
     """
-    choices, capacity = (plan.num_tokens, plan.num_topk), (plan.capacity,)
-    local = (plan.num_local_experts,)
-    shapes = (choices, choices, capacity, capacity, (plan.num_ranks,), local, local, ())
-    for name, shape, array in zip(Route._fields, shapes, plan._route, strict=True):
-        dtype = jnp.dtype("uint32" if name == "fingerprint" else "int32")
+    types = array_types(plan._layout)
+    for name, (shape, dtype), array in zip(PlanArrays._fields, types, plan._arrays, strict=True):
         if array.dtype != dtype or array.shape != shape:
             error = TypeError if array.dtype != dtype else ValueError
             raise error(

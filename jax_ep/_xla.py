@@ -5,39 +5,33 @@ the axis that ``run`` maps over.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float32, Int32, Num
 
-from jax_ep._axes import Place
+from jax_ep._call import Call, Operands
 from jax_ep._layout import Layout
-from jax_ep._ops import Op
-from jax_ep._plan import PlanArrays, Route
-from jax_ep._types import DROPPED, LoweredBinding
+from jax_ep._plan import PlanArrays
+from jax_ep._types import DROPPED
 
 _STACK_AXIS = "jax_ep_rank"
 _DOT_LANES = 64
 
 
-def run(
-    op: Op,
-    layout: Layout,
-    binding: LoweredBinding,
-    where: Place,
-    route: Route | None,
-    payloads: tuple[Array, ...],
-) -> list[Array]:
+def run(call: Call, operands: Operands) -> list[Array]:
     """Runs an op for the rank of this device, or for all ranks of a leading axis at once."""
-    operands = (where.rank, *payloads) if route is None else (route, *payloads)
-    if binding == "mesh":
-        return list(OPS[op](layout, *operands))
+    f, layout = _OPS[call.op.name], call.layout
+    first = operands.plan or operands.where.rank
+    if call.binding == "mesh":
+        return f(layout, first, *operands.payloads)
     layout = dataclasses.replace(layout, axis_name=_STACK_AXIS)
-    stacked = jax.vmap(lambda *xs: OPS[op](layout, *xs), axis_name=_STACK_AXIS)
-    if binding == "stacked":
-        return list(stacked(*operands))
-    out = stacked(*jax.tree.map(lambda x: x[None], operands))
+    stacked = jax.vmap(lambda *xs: f(layout, *xs), axis_name=_STACK_AXIS)
+    if call.binding == "stacked":
+        return stacked(first, *operands.payloads)
+    out = stacked(*jax.tree.map(lambda x: x[None], (first, *operands.payloads)))
     return [x[0] for x in out]
 
 
@@ -45,14 +39,15 @@ def plan(
     layout: Layout,
     rank: Int32[Array, ""],
     topk_idx: Int32[Array, "num_tokens num_topk"],
-) -> PlanArrays:
+) -> list[Array]:
     """Gathers the choices of all ranks and computes this rank's plan from them."""
     wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
     wire = topk_idx.astype(wire_dtype)
     expert = _all_gather(layout, wire).astype(jnp.int32)
     kept, row = _place(layout, expert)
+    dest = jnp.where(kept, expert // layout.num_local_experts, DROPPED)
 
-    here = kept & (expert // layout.num_local_experts == rank)
+    here = dest == rank
     recv_choice = jnp.flatnonzero(here, size=layout.capacity, fill_value=DROPPED).astype(jnp.int32)
     # What is not received has index -1, the last element, and gets a row that is not there.
     recv_row = jnp.append(row.reshape(-1), jnp.int32(layout.capacity))[recv_choice]
@@ -60,12 +55,13 @@ def plan(
         _group_rows(layout, expert, kept), rank, keepdims=False
     )
     mine = jax.lax.dynamic_index_in_dim(kept, rank, keepdims=False)
-    return PlanArrays(
+    plan = PlanArrays(
         group_sizes=_round_up(group_rows, layout.alignment),
         kept=mine,
         expert_load=_count(expert.reshape(-1), layout.num_experts),
         recv_counts=jnp.sum(here, axis=(1, 2), dtype=jnp.int32),
         num_dropped=jnp.sum((topk_idx != DROPPED) & ~mine, dtype=jnp.int32),
+        send_rank=jax.lax.dynamic_index_in_dim(dest, rank, keepdims=False),
         send_row=jnp.where(mine, jax.lax.dynamic_index_in_dim(row, rank, keepdims=False), DROPPED),
         recv_choice=recv_choice,
         recv_row=recv_row,
@@ -73,73 +69,95 @@ def plan(
         # Only the native rendezvous compares fingerprints; collectives cannot mix up two calls.
         fingerprint=jnp.zeros_like(rank, dtype=jnp.uint32),
     )
+    return list(plan)
 
 
 def gather_rows(
+    layout: Layout, plan: PlanArrays, *xs: Num[Array, "num_tokens hidden"]
+) -> list[Num[Array, "capacity hidden"]]:
+    """Fills this rank's rows with their tokens."""
+    choice = _choice_of_row(layout, plan)
+    return [_gather(layout, choice, x) for x in xs]
+
+
+def gather_scaled(
     layout: Layout,
-    route: Route,
+    plan: PlanArrays,
     x: Num[Array, "num_tokens hidden"],
-    weights: Float32[Array, "num_tokens num_topk"] | None = None,
-) -> tuple[Num[Array, "capacity hidden"]]:
-    """Fills this rank's rows with their tokens, scaled by ``weights`` where given."""
-    choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
-    recv_row = jnp.where(_is_received(layout, route), route.recv_row, layout.capacity)
-    choice = choice.at[recv_row].set(route.recv_choice, mode="drop")
-    bits = _all_gather(layout, _to_bits(x))
-    bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
-    rows = _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
-    if weights is None:
-        return (rows,)
+    weights: Float32[Array, "num_tokens num_topk"],
+) -> list[Num[Array, "capacity hidden"]]:
+    """Fills this rank's rows with their tokens, scaled by ``weights``."""
+    choice = _choice_of_row(layout, plan)
     dtype = _sum_dtype(x)
+    rows = _gather(layout, choice, x).astype(dtype)
     scale = _all_gather(layout, weights).reshape(-1)[:, None].astype(dtype)
-    return (_mask(choice, _take(scale, choice) * rows.astype(dtype)).astype(x.dtype),)
+    return [_mask(choice, _take(scale, choice) * rows).astype(x.dtype)]
 
 
 def reduce_rows(
+    layout: Layout, plan: PlanArrays, *xs: Num[Array, "capacity hidden"]
+) -> list[Num[Array, "num_tokens hidden"]]:
+    """Adds up each token's rows."""
+    row = _row_of_choice(layout, plan)
+    return [_reduce(layout, row, rows, None) for rows in xs]
+
+
+def reduce_scaled(
     layout: Layout,
-    route: Route,
+    plan: PlanArrays,
     rows: Num[Array, "capacity hidden"],
-    weights: Float32[Array, "num_tokens num_topk"] | None = None,
-) -> tuple[Num[Array, "num_tokens hidden"]]:
-    """Adds up each token's rows: a partial sum per destination rank, then over ranks."""
+    weights: Float32[Array, "num_tokens num_topk"],
+) -> list[Num[Array, "num_tokens hidden"]]:
+    """Adds up each token's rows, scaled by ``weights``."""
+    row = _row_of_choice(layout, plan)
+    return [_reduce(layout, row, rows, _all_gather(layout, weights))]
+
+
+def row_dots(
+    layout: Layout,
+    plan: PlanArrays,
+    rows: Num[Array, "capacity hidden"],
+    dout: Num[Array, "num_tokens hidden"],
+) -> list[Float32[Array, "num_tokens num_topk"]]:
+    """Computes the product of each choice's row with its token's row of ``dout``."""
     dtype = _sum_dtype(rows)
-    row = _row_of_choice(layout, route)
+    row = _row_of_choice(layout, plan)
+    dout = _all_gather(layout, dout).astype(dtype)
+    dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
+    dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
+    # Each choice has its row on one rank; the others contribute exact zeros.
+    return [_swap_slices(layout, dots).sum(axis=0)]
+
+
+_OPS: dict[str, Callable[..., list[Array]]] = {
+    f.__name__: f for f in (plan, gather_rows, gather_scaled, reduce_rows, reduce_scaled, row_dots)
+}
+
+
+def _gather(layout: Layout, choice: Array, x: Array) -> Array:
+    """Takes a choice's token for each row, zeros where there is none, and no bit changed."""
+    bits = _all_gather(layout, _to_bits(x))
+    bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
+    return _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
+
+
+def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> Array:
+    """Adds up rows: a partial sum per destination rank, then over ranks."""
+    dtype = _sum_dtype(rows)
     partial = jnp.zeros((layout.num_ranks, layout.num_tokens, rows.shape[1]), dtype)
-    if weights is not None:
-        weights = _all_gather(layout, weights)
     for k in range(layout.num_topk):
         picked = _pick(rows, row[:, :, k]).astype(dtype)
         if weights is not None:
             # The product too: the weight of a choice without a row may be NaN.
             picked = _mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
         partial += picked
-    partial = partial.astype(rows.dtype)
-    partial = _swap_slices(layout, partial)
+    partial = _swap_slices(layout, partial.astype(rows.dtype))
     total, _ = jax.lax.scan(
         lambda total, part: (total + part.astype(dtype), None),
         jnp.zeros_like(partial[0], dtype),
         partial,
     )
-    return (total.astype(rows.dtype),)
-
-
-def row_dots(
-    layout: Layout,
-    route: Route,
-    rows: Num[Array, "capacity hidden"],
-    dout: Num[Array, "num_tokens hidden"],
-) -> tuple[Float32[Array, "num_tokens num_topk"]]:
-    """Computes the product of each choice's row with its token's row of ``dout``."""
-    dtype = _sum_dtype(rows)
-    row = _row_of_choice(layout, route)
-    dout = _all_gather(layout, dout).astype(dtype)
-    dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
-    dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
-    # Each choice has its row on one rank; the others contribute exact zeros.
-    return (_swap_slices(layout, dots).sum(axis=0),)
-
-
-OPS = {"plan": plan, "gather_rows": gather_rows, "reduce_rows": reduce_rows, "row_dots": row_dots}
+    return total.astype(rows.dtype)
 
 
 def _place(layout: Layout, expert: Array) -> tuple[Array, Array]:
@@ -184,20 +202,26 @@ def _round_up(sizes: Array, alignment: int) -> Array:
     return (sizes + (alignment - 1)) // alignment * alignment
 
 
-def _is_received(layout: Layout, route: Route) -> Array:
+def _is_received(layout: Layout, plan: PlanArrays) -> Array:
     """Tells which entries of the receive lists are in use: those past them hold anything."""
-    return jnp.arange(layout.capacity, dtype=jnp.int32) < jnp.sum(
-        route.recv_counts, dtype=jnp.int32
-    )
+    num_received = jnp.sum(plan.recv_counts, dtype=jnp.int32)
+    return jnp.arange(layout.capacity, dtype=jnp.int32) < num_received
 
 
-def _row_of_choice(layout: Layout, route: Route) -> Array:
-    """Inverts the receive lists: this rank's row for each choice [R, T, K], or ``DROPPED``."""
+def _choice_of_row(layout: Layout, plan: PlanArrays) -> Array:
+    """Inverts the receive lists: the choice of each of this rank's rows, or ``DROPPED``."""
+    recv_row = jnp.where(_is_received(layout, plan), plan.recv_row, layout.capacity)
+    choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
+    return choice.at[recv_row].set(plan.recv_choice, mode="drop")
+
+
+def _row_of_choice(layout: Layout, plan: PlanArrays) -> Array:
+    """Inverts them the other way: this rank's row for each choice [R, T, K], or ``DROPPED``."""
     shape = (layout.num_ranks, layout.num_tokens, layout.num_topk)
     size = layout.num_ranks * layout.num_tokens * layout.num_topk
-    choice = jnp.where(_is_received(layout, route), route.recv_choice, size)
-    row = jnp.full_like(route.recv_row, DROPPED, shape=size)
-    return row.at[choice].set(route.recv_row, mode="drop").reshape(shape)
+    choice = jnp.where(_is_received(layout, plan), plan.recv_choice, size)
+    row = jnp.full_like(plan.recv_row, DROPPED, shape=size)
+    return row.at[choice].set(plan.recv_row, mode="drop").reshape(shape)
 
 
 def _all_gather(layout: Layout, x: Array) -> Array:

@@ -18,6 +18,7 @@ from strategies import CASES, Case, Shape, payload, poisoned
 import jax_ep
 
 FIELDS = ("group_sizes", "kept", "expert_load", "recv_counts", "num_dropped", "num_invalid")
+TARGETS = ("send_rank", "send_row")  # Where each choice has its row: the plan keeps it to itself.
 Arrays = dict[str, np.ndarray]
 
 every_case = pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def program(row: Row, shape: Shape, dtype: np.dtype) -> Callable[..., Any]:
         plain, pull_plain = jax.vjp(lambda r: jax_ep.combine(r, plan), rows)
         combine_drows, dweights = pull_out(dout)
         return {
-            **{name: getattr(plan, name) for name in FIELDS},
+            **fields_of(plan),
             "sent": sent,
             "dx": pull_sent(drows)[0],
             "out": out,
@@ -92,6 +93,20 @@ def make_plan(row: Row, shape: Shape, topk_idx: jax.Array) -> jax_ep.Plan:
     )
 
 
+def fields_of(plan: jax_ep.Plan) -> dict[str, jax.Array]:
+    """Reads of a plan what the oracle knows of it."""
+    targets = {name: getattr(plan._arrays, name) for name in TARGETS}
+    return {name: getattr(plan, name) for name in FIELDS} | targets
+
+
+def expected_fields(plan: oracle.Plan) -> Arrays:
+    """Returns the same of the oracle's plan, for every rank."""
+    fields = {name: getattr(plan, name) for name in FIELDS}
+    fields["expert_load"] = np.tile(plan.expert_load, (len(plan.kept), 1))
+    targets = plan.to_rank, plan.row
+    return fields | {n: a.astype(np.int32) for n, a in zip(TARGETS, targets, strict=True)}
+
+
 def run(row: Row, shape: Shape, inputs: Inputs) -> Arrays:
     with jax.enable_x64(inputs.x.dtype == np.float64):
         arrays = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
@@ -102,10 +117,8 @@ def expect(shape: Shape, inputs: Inputs) -> tuple[oracle.Plan, Arrays]:
     """Asks the oracle for the plan and for the answers that are no sums over rows."""
     plan = shape.plan(inputs.topk_idx)
     drows, dweights = oracle.combine_grad(inputs.rows, plan, inputs.weights, inputs.dout)
-    fields = {name: getattr(plan, name) for name in FIELDS}
-    fields["expert_load"] = np.tile(plan.expert_load, (shape.num_ranks, 1))
     return plan, {
-        **fields,
+        **expected_fields(plan),
         "sent": oracle.dispatch(inputs.x, plan),
         "drows": drows,
         "dweights": dweights,

@@ -12,7 +12,7 @@ import jax_ep
 
 # What an error may name: the arrays that exchanges read.
 FIELDS = (
-    "topk_idx",
+    "send_rank",
     "send_row",
     "recv_choice",
     "recv_row",
@@ -52,11 +52,12 @@ def first(value: int) -> Callable[[jax_ep.Plan, np.ndarray], Any]:
 
 
 ALTERATIONS = [
-    Alteration("topk_idx", "one_past_the_experts", lambda p, a: np.full_like(a, p.num_experts)),
-    Alteration("topk_idx", "below_dropped", filled(-2)),
-    Alteration("topk_idx", "least", filled(INT32.min)),
-    Alteration("topk_idx", "most", first(INT32.max)),
-    Alteration("topk_idx", "other_experts", lambda p, a: (a + 1) % p.num_experts),
+    Alteration("send_rank", "one_past_the_ranks", lambda p, a: np.full_like(a, p.num_ranks)),
+    Alteration("send_rank", "negative", filled(-1)),
+    Alteration("send_rank", "below_dropped", filled(-2)),
+    Alteration("send_rank", "least", filled(INT32.min)),
+    Alteration("send_rank", "most", first(INT32.max)),
+    Alteration("send_rank", "other_ranks", lambda p, a: (a + 1) % p.num_ranks),
     Alteration("send_row", "one_past_the_rows", lambda p, a: np.full_like(a, p.capacity)),
     Alteration("send_row", "below_dropped", filled(-2)),
     Alteration("send_row", "least", filled(INT32.min)),
@@ -97,7 +98,7 @@ ALTERATIONS = [
 
 def altered(plan: jax_ep.Plan, alteration: Alteration, ranks: slice) -> jax_ep.Plan:
     """Alters the plans of some ranks, given all of them as NumPy arrays [R, ...]."""
-    sound = np.asarray(getattr(plan._route, alteration.field))
+    sound = np.asarray(getattr(plan._arrays, alteration.field))
     array = sound.copy()
     array[ranks] = alteration.change(plan, sound)[ranks]
-    return dataclasses.replace(plan, _route=plan._route._replace(**{alteration.field: array}))
+    return dataclasses.replace(plan, _arrays=plan._arrays._replace(**{alteration.field: array}))

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import strategies
-from exchanges import FIELDS, answers, every_case
+from exchanges import FIELDS, TARGETS, answers, every_case, expected_fields, fields_of
 from hypothesis import given
 from hypothesis import strategies as st
 from implementations import ROWS, Row, require
@@ -22,6 +22,14 @@ import jax_ep
 def test_fields(row: Row, case: Case) -> None:
     for field in FIELDS:
         answers(row, case).same(field)
+
+
+@every_case
+def test_targets_are_a_rank_and_a_row_or_neither(row: Row, case: Case) -> None:
+    result = answers(row, case)
+    for name in TARGETS:
+        result.same(name)
+        assert ((result.got[name] == jax_ep.DROPPED) == ~result.got["kept"]).all(), name
 
 
 @every_case
@@ -42,9 +50,14 @@ def plan_fields(row: Row, shape: Shape):
             capacity=shape.capacity,
             alignment=shape.alignment,
         )
-        return {name: getattr(plan, name) for name in FIELDS}
+        return fields_of(plan)
 
     return row.jit(per_rank, shape.num_ranks)
+
+
+def same_fields(got: dict[str, jax.Array], plan: oracle.Plan) -> None:
+    for name, want in expected_fields(plan).items():
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +70,7 @@ def test_random_routings(ranks_row: Row, shape: Shape) -> None:
 
     @given(strategies.topk_indices(shape))
     def check(topk_idx: np.ndarray) -> None:
-        got, want = jax.tree.map(np.asarray, program(topk_idx)), shape.plan(topk_idx)
-        for name in FIELDS:
-            field = getattr(want, name)
-            expected = np.tile(field, (shape.num_ranks, 1)) if name == "expert_load" else field
-            np.testing.assert_array_equal(got[name], expected, err_msg=name)
+        same_fields(program(topk_idx), shape.plan(topk_idx))
 
     check()
 
@@ -83,11 +92,7 @@ def test_large_plan(row: Row) -> None:
     shape, topk_idx, want = large_plan()
     assert want.recv_counts.max() > 2**15
     row.require()
-    got = jax.tree.map(np.asarray, plan_fields(row, shape)(topk_idx))
-    for name in FIELDS:
-        np.testing.assert_array_equal(
-            got[name], np.broadcast_to(getattr(want, name), got[name].shape), err_msg=name
-        )
+    same_fields(plan_fields(row, shape)(topk_idx), want)
 
 
 def test_more_experts_than_sixteen_bits(ranks_row: Row) -> None:
@@ -96,12 +101,7 @@ def test_more_experts_than_sixteen_bits(ranks_row: Row) -> None:
     topk_idx = np.random.default_rng(8).integers(-3, 2**17 + 3, shape.topk_shape, np.int32)
     topk_idx[0, 0] = [2**15, 2**16, 2**17 - 1]
     topk_idx[1, 0] = [2**17, 2**31 - 1, -(2**31)]
-    got = jax.tree.map(np.asarray, plan_fields(ranks_row, shape)(topk_idx))
-    want = shape.plan(topk_idx)
-    for name in FIELDS:
-        np.testing.assert_array_equal(
-            got[name], np.broadcast_to(getattr(want, name), got[name].shape), err_msg=name
-        )
+    same_fields(plan_fields(ranks_row, shape)(topk_idx), shape.plan(topk_idx))
 
 
 def test_static_fields(row: Row) -> None:

@@ -1,5 +1,7 @@
+// Implements call_reader.h.
 #include "bind/call_reader.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -9,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace jax_ep {
 namespace {
@@ -20,6 +23,17 @@ const char* Interned(std::string_view text) {
   static auto* texts = new std::set<std::string, std::less<>>();
   const std::scoped_lock lock(mutex);
   return texts->emplace(text).first->c_str();
+}
+
+constexpr XLA_FFI_Args kNoArgs = {};
+constexpr XLA_FFI_Rets kNoRets = {};
+constexpr std::array<std::int64_t, 2> kOnes = {1, 1};
+
+// What a reader that reads no call finds everywhere: of a type that kernels know.
+Tensor OneElement() {
+  return {.data = nullptr,
+          .type = ffi::DataType::F32,
+          .dims = {kOnes.data(), kOnes.size()}};
 }
 
 }  // namespace
@@ -45,20 +59,39 @@ std::int64_t Tensor::elements() const {
   return product;
 }
 
+CallReader::CallReader(Signature& asked)
+    : operands_(&kNoArgs, 0),
+      results_(&kNoRets, 0),
+      attributes_(nullptr),
+      asked_(&asked),
+      where_(ReadWhereabouts()) {}
+
 std::int64_t CallReader::Attribute(const char* name) {
+  if (asked_ != nullptr) {
+    asked_->attributes.insert(name);
+    return 1;
+  }
   const auto value = attributes_.get<std::int64_t>(name);
   if (value.has_value()) return *value;
   Require(false, name);
   return 1;
 }
 
-std::span<const std::int64_t> CallReader::List(const char* name) const {
+std::span<const std::int64_t> CallReader::List(const char* name) {
+  if (asked_ != nullptr) {
+    asked_->attributes.insert(name);
+    return {};
+  }
   const auto value = attributes_.get<ffi::Span<const std::int64_t>>(name);
   if (!value.has_value()) return {};
   return {value->begin(), value->size()};
 }
 
 Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
+  if (asked_ != nullptr) {
+    asked_->operands.emplace_back(name);
+    return OneElement();
+  }
   const auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
   if (!buffer.has_value() || buffer->dimensions().size() < min_dims) {
     Require(false, name);
@@ -67,7 +100,20 @@ Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
   return {buffer->untyped_data(), buffer->element_type(), buffer->dimensions()};
 }
 
+std::vector<Tensor> CallReader::Operands(const char* name, std::size_t min_dims) {
+  std::vector<Tensor> all;
+  if (asked_ != nullptr) return {Operand(name, min_dims)};
+  while (next_operand_ < operands_.size() && !failed()) {
+    all.push_back(Operand(name, min_dims));
+  }
+  return all;
+}
+
 Tensor CallReader::Result(const char* name, std::size_t min_dims) {
+  if (asked_ != nullptr) {
+    asked_->results.emplace_back(name);
+    return OneElement();
+  }
   auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
   if (!buffer.has_value() || (*buffer)->dimensions().size() < min_dims) {
     Require(false, name);
@@ -79,20 +125,27 @@ Tensor CallReader::Result(const char* name, std::size_t min_dims) {
 
 Whereabouts CallReader::ReadWhereabouts() {
   const Tensor rank = Operand("rank", 0);
-  const auto call = attributes_.get<std::string_view>("call");
   const std::int64_t stacked = rank.elements();
   const Whereabouts where = {
       .rank = static_cast<std::int32_t*>(
           Checked(rank, "rank", ffi::DataType::S32, stacked)),
-      .group = Operand<std::int32_t>("group", ffi::DataType::S32, stacked),
-      .fingerprint = Operand<std::uint32_t>("fingerprint", ffi::DataType::U32, stacked),
+      .group = Operand<std::int32_t>("group", stacked),
       .num_stacked = stacked,
       .num_ranks = Attribute("num_ranks"),
-      .call = Interned(call.has_value() ? *call : "exchange"),
+      .call = ReadCallName(),
   };
   if (failed()) return where;
   Require(stacked == 1 || stacked == where.num_ranks, "as many ranks as stacked");
   return where;
+}
+
+const char* CallReader::ReadCallName() {
+  if (asked_ != nullptr) {
+    asked_->attributes.insert("call");
+    return "exchange";
+  }
+  const auto call = attributes_.get<std::string_view>("call");
+  return Interned(call.has_value() ? *call : "exchange");
 }
 
 void CallReader::Require(bool holds, const char* what) {
@@ -105,6 +158,7 @@ void CallReader::Fail(const std::string& why) {
 
 void* CallReader::Checked(const Tensor& tensor, const char* name, ffi::DataType type,
                           std::int64_t elements) {
+  if (asked_ != nullptr) return nullptr;
   Require(tensor.type == type && tensor.elements() == elements, name);
   return failed() ? nullptr : tensor.data;
 }

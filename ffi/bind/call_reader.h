@@ -1,11 +1,16 @@
+// Reads a foreign call's operands, results and attributes by name, and notes their
+// names for Python to compare with its own. For all handlers, on all platforms.
 #ifndef JAX_EP_FFI_BIND_CALL_READER_H_
 #define JAX_EP_FFI_BIND_CALL_READER_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "common/dtype.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,6 +21,16 @@ namespace ffi = xla::ffi;
 
 // The kernels' name of an XLA element type, if they compute with it.
 std::optional<DType> KernelDType(ffi::DataType type);
+
+// XLA's name of the type of an array's elements.
+template <typename T>
+constexpr ffi::DataType DataTypeOf() {
+  if constexpr (std::is_same_v<T, bool>) return ffi::DataType::PRED;
+  if constexpr (std::is_same_v<T, std::uint32_t>) return ffi::DataType::U32;
+  if constexpr (std::is_same_v<T, float>) return ffi::DataType::F32;
+  static_assert(sizeof(T) <= 4);
+  return ffi::DataType::S32;
+}
 
 // An operand or result: its first element and what it has been found to be.
 struct Tensor {
@@ -31,20 +46,25 @@ struct Tensor {
   }
 };
 
-// Which ranks an exchange's call is for, and of which exchange. What it points to is
-// where the call runs: maybe on a device that the host cannot read.
+// Which ranks an exchange's call is for. What it points to is where the call runs:
+// maybe on a device that the host cannot read.
 struct Whereabouts {
-  const std::int32_t* rank;          // [num_stacked]
-  const std::int32_t* group;         // [num_stacked]
-  const std::uint32_t* fingerprint;  // [num_stacked]
-  std::int64_t num_stacked;          // ranks whose operands this call holds
+  const std::int32_t* rank;   // [num_stacked]
+  const std::int32_t* group;  // [num_stacked]
+  std::int64_t num_stacked;   // ranks whose operands this call holds
   std::int64_t num_ranks;
   const char* call;  // the public function that wants this, for errors; never freed
 };
 
-// Reads the operands, results and attributes of one exchange's call in the order that
-// Python passes them. The first thing found wrong is kept as the error; what is read
-// after it is empty.
+// The names of what a handler reads of its calls, in the order in which it does.
+struct Signature {
+  std::vector<std::string> operands;
+  std::vector<std::string> results;
+  std::set<std::string> attributes;
+};
+
+// Reads one call. The first thing found wrong is kept as the error; what is read after
+// it is empty.
 class CallReader {
  public:
   CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
@@ -54,24 +74,37 @@ class CallReader {
         attributes_(attributes),
         where_(ReadWhereabouts()) {}
 
+  // Reads no call, but notes what it is asked for. Every number is 1, and every array
+  // has one element, which nobody may look at.
+  explicit CallReader(Signature& asked);
+
   const Whereabouts& where() const { return where_; }
 
   std::int64_t Attribute(const char* name);
 
   // An attribute that is a list; empty if it is not there.
-  std::span<const std::int64_t> List(const char* name) const;
+  std::span<const std::int64_t> List(const char* name);
 
-  // The next operand or result: of any shape, or of `elements` in all.
+  // The next operand or result, of any shape; or of `elements` in all.
   Tensor Operand(const char* name, std::size_t min_dims);
   Tensor Result(const char* name, std::size_t min_dims);
   template <typename T>
-  T* Operand(const char* name, ffi::DataType type, std::int64_t elements) {
-    return static_cast<T*>(Checked(Operand(name, 0), name, type, elements));
+  T* Operand(const char* name, std::int64_t elements) {
+    return static_cast<T*>(Checked(Operand(name, 0), name, DataTypeOf<T>(), elements));
   }
   template <typename T>
-  T* Result(const char* name, ffi::DataType type, std::int64_t elements) {
-    return static_cast<T*>(Checked(Result(name, 0), name, type, elements));
+  T* Result(const char* name, std::int64_t elements) {
+    return static_cast<T*>(Checked(Result(name, 0), name, DataTypeOf<T>(), elements));
   }
+  void* Operand(const char* name, ffi::DataType type, std::int64_t elements) {
+    return Checked(Operand(name, 0), name, type, elements);
+  }
+  void* Result(const char* name, ffi::DataType type, std::int64_t elements) {
+    return Checked(Result(name, 0), name, type, elements);
+  }
+
+  // All operands that are left.
+  std::vector<Tensor> Operands(const char* name, std::size_t min_dims);
 
   void Require(bool holds, const char* what);
   void Fail(const std::string& why);
@@ -79,14 +112,15 @@ class CallReader {
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
 
  private:
-  // The first three operands of every exchange.
   Whereabouts ReadWhereabouts();
+  const char* ReadCallName();
   void* Checked(const Tensor& tensor, const char* name, ffi::DataType type,
                 std::int64_t elements);
 
   ffi::RemainingArgs operands_;
   ffi::RemainingRets results_;
   ffi::Dictionary attributes_;
+  Signature* asked_ = nullptr;  // or null: this reads a call
   std::size_t next_operand_ = 0;
   std::size_t next_result_ = 0;
   std::optional<std::string> error_;

@@ -9,7 +9,9 @@
 
 namespace jax_ep {
 
+namespace cpu {
 class PlanFault;
+}
 
 // In place of a token: there is none.
 inline constexpr std::int32_t kNoToken = -1;
@@ -32,10 +34,10 @@ struct GatherRowsArgs {
   std::int64_t capacity;
   std::int64_t hidden;
   std::int64_t row_bytes;
-  DType dtype;                 // of x and rows; read only if scaled
-  bool scaled;                 // whether rows are scaled by weights, or plain copies
-  bool zero_tail;              // whether to zero the rows past the last group
-  PlanFault* fault = nullptr;  // or null; of use on the CPU alone
+  DType dtype;     // of x and rows; read only if scaled
+  bool scaled;     // whether rows are scaled by weights, or plain copies
+  bool zero_tail;  // whether to zero the rows past the last group
+  cpu::PlanFault* fault = nullptr;  // or null; of use on the CPU alone
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {

@@ -17,7 +17,8 @@ struct PlanOutputs {
   std::int32_t* expert_load;   // [E]
   std::int32_t* recv_counts;   // [R]
   std::int32_t* num_dropped;   // []
-  std::int32_t* send_row;      // [T, K], row on the expert's rank or kDropped
+  std::int32_t* send_rank;     // [T, K], rank with the choice's row, or kDropped
+  std::int32_t* send_row;      // [T, K], row on that rank, or kDropped
   std::int32_t* recv_choice;   // [capacity], by (source rank, token, k)
   std::int32_t* recv_row;      // [capacity], the row of each recv_choice
   std::int32_t* group_rows;    // [L], group_sizes less the padding
@@ -54,6 +55,7 @@ struct PlanArgs {
         .expert_load = first.expert_load + i * num_experts,
         .recv_counts = first.recv_counts + i * num_ranks,
         .num_dropped = first.num_dropped + i,
+        .send_rank = first.send_rank + i * choices_per_rank(),
         .send_row = first.send_row + i * choices_per_rank(),
         .recv_choice = first.recv_choice + i * capacity,
         .recv_row = first.recv_row + i * capacity,

@@ -18,18 +18,11 @@ EP_HOST_DEVICE constexpr bool IsIndex(std::int32_t number, std::int64_t size) {
          static_cast<std::uint64_t>(size);
 }
 
-// Whether a choice has a row on the rank of an expert: if both exist.
+// Whether a choice has a row on a rank: if both exist.
 template <typename Args>
 EP_HOST_DEVICE bool HasRow(const Args& args, std::int64_t choice) {
   return IsIndex(args.send_row[choice], args.capacity) &&
-         IsIndex(args.topk_idx[choice], args.num_ranks * args.num_local_experts);
-}
-
-// The rank of the expert of a choice that has a row. In 32 bits, which take less time
-// to divide.
-template <typename Args>
-EP_HOST_DEVICE std::int32_t RankOf(const Args& args, std::int64_t choice) {
-  return args.topk_idx[choice] / static_cast<std::int32_t>(args.num_local_experts);
+         IsIndex(args.send_rank[choice], args.num_ranks);
 }
 
 }  // namespace jax_ep

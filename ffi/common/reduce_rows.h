@@ -8,30 +8,31 @@
 
 namespace jax_ep {
 
+namespace cpu {
 class PlanFault;
+}
 
 // One rank pulls its tokens' rows from the ranks of their experts and adds them up:
 // `combine`, and, with unit weights, the gradient of `dispatch`.
 struct ReduceRowsArgs {
-  PeerTable rows;                // [capacity, hidden]
-  const float* weights;          // [num_tokens, num_topk], or null: all ones
-  const std::int32_t* topk_idx;  // [num_tokens, num_topk]
-  const std::int32_t* send_row;  // [num_tokens, num_topk], kDropped: leave out
-  void* out;                     // [num_tokens, hidden]
+  PeerTable rows;                 // [capacity, hidden]
+  const float* weights;           // [num_tokens, num_topk], or null: all ones
+  const std::int32_t* send_rank;  // [num_tokens, num_topk], where the row is
+  const std::int32_t* send_row;   // [num_tokens, num_topk], kDropped: leave out
+  void* out;                      // [num_tokens, hidden]
   std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
-  std::int64_t num_local_experts;
   std::int64_t capacity;
   std::int64_t hidden;
-  DType dtype;                 // of rows and out
-  PlanFault* fault = nullptr;  // or null; of use on the CPU alone
+  DType dtype;                      // of rows and out
+  cpu::PlanFault* fault = nullptr;  // or null; of use on the CPU alone
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {
     ReduceRowsArgs args = *this;
     if (weights != nullptr) args.weights += i * num_tokens * num_topk;
-    args.topk_idx += i * num_tokens * num_topk;
+    args.send_rank += i * num_tokens * num_topk;
     args.send_row += i * num_tokens * num_topk;
     args.out = static_cast<char*>(out) + i * num_tokens * hidden * ByteWidth(dtype);
     return args;

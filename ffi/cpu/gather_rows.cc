@@ -9,7 +9,7 @@
 #include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 std::int64_t RowsPerChunk(const GatherRowsArgs& args) {
@@ -154,4 +154,4 @@ Work GatherRowsWork(const GatherRowsArgs& args) {
           .num_chunks = CeilDiv(args.NumReceived(), step) + 1 + CeilDiv(tail, step)};
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

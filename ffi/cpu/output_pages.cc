@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 constexpr std::int64_t kHugePageBytes = 2 * 1024 * 1024;
@@ -25,4 +25,4 @@ void PrepareOutputPages(void* data, std::int64_t bytes) {
 
 bool StreamsOutput(std::int64_t bytes) { return bytes >= kStreamFromBytes; }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

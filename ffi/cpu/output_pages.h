@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // Asks for huge pages under a large output before its first write. XLA hands out
 // freshly mapped memory, and faulting it in by 4 KiB pages costs more than the copies.
@@ -14,6 +14,6 @@ void PrepareOutputPages(void* data, std::int64_t bytes);
 // Tells whether an output of this size is written past the caches.
 bool StreamsOutput(std::int64_t bytes);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_OUTPUT_PAGES_H_

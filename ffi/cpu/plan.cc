@@ -8,7 +8,7 @@
 #include "cpu/plan_placement.h"
 #include "cpu/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 void CountAsked(const PlanArgs& args, std::int64_t source, PlanTables& tables) {
@@ -144,4 +144,4 @@ void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for) {
                [&](std::int64_t rank) { Summarize(args, tables, print, rank); });
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

@@ -6,7 +6,7 @@
 
 #include "common/plan.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // Runs body(0) … body(count - 1), on any threads in any order; returns when all ended.
 using ParallelFor = std::function<void(std::int64_t count,
@@ -17,6 +17,6 @@ using ParallelFor = std::function<void(std::int64_t count,
 // rank). Costs O(R * T * K) for one plan or for all.
 void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_PLAN_H_

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 // The rank that choice (source, token, k) goes to, or kDropped.
@@ -71,4 +71,4 @@ void FindCutoffs(const PlanArgs& args, const ParallelFor& parallel_for,
   }
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

@@ -7,7 +7,7 @@
 #include "common/plan.h"
 #include "common/plan_bounds.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // What a call's plan was first found to hold that no plan of make_plan's does. Any
 // thread may note it; to be read when all of the call's work has ended.
@@ -52,11 +52,11 @@ void NoteMissingRow(const Args& args, std::int64_t choice) {
   const std::int32_t row = args.send_row[choice];
   if (row == kDropped) return;
   NoteFault(args.fault, IsIndex(row, args.capacity)
-                            ? "topk_idx holds an expert outside [0, num_experts) whose "
-                              "choice has a row"
+                            ? "send_rank holds a rank outside [0, num_ranks) for a "
+                              "choice that has a row"
                             : "send_row holds a row outside [0, capacity)");
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_PLAN_FAULT_H_

@@ -7,10 +7,10 @@
 #include "common/plan.h"
 #include "cpu/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // Numbers the kept choices of `source`, and tells the planned ranks at their two ends:
-// which row each choice was given, and which choices a rank receives.
+// where each choice was given its row, and which choices a rank receives.
 class Placement {
  public:
   Placement(const PlanArgs& args, const PlanTables& tables, std::int64_t source)
@@ -33,28 +33,35 @@ class Placement {
     const PlanOutputs* plan = args_.OutputsOf(source_);
     std::int32_t dropped = 0;
     for (std::int64_t i = 0; i < args_.choices_per_rank(); ++i) {
-      const std::int32_t row = choices[i] == kDropped ? kDropped : Place(choices[i], i);
+      const Target to = choices[i] == kDropped ? Target{} : Place(choices[i], i);
       if (plan == nullptr) continue;
-      plan->send_row[i] = row;
-      plan->kept[i] = row != kDropped;
-      dropped += choices[i] != kDropped && row == kDropped ? 1 : 0;
+      plan->send_rank[i] = to.rank;
+      plan->send_row[i] = to.row;
+      plan->kept[i] = to.row != kDropped;
+      dropped += choices[i] != kDropped && to.row == kDropped ? 1 : 0;
     }
     if (plan != nullptr) *plan->num_dropped = dropped;
   }
 
  private:
+  // Where a choice has its row, if it has one.
+  struct Target {
+    std::int32_t rank = kDropped;
+    std::int32_t row = kDropped;
+  };
+
   // Where a rank's receive list goes on.
   struct Entry {
     std::int32_t* choice = nullptr;
     std::int32_t* row = nullptr;
   };
 
-  // Returns the row of the source's i-th choice, or kDropped.
-  std::int32_t Place(std::int32_t expert, std::int64_t i) {
+  // Gives the source's i-th choice a row, if it is kept.
+  Target Place(std::int32_t expert, std::int64_t i) {
     const std::int32_t dest = tables_.rank_of[static_cast<std::size_t>(expert)];
     if (tables_.overflows && !IsKept(args_, tables_, dest, i % args_.num_topk,
                                      i / args_.num_topk, source_)) {
-      return kDropped;
+      return {};
     }
     const std::int32_t row = next_row_[static_cast<std::size_t>(expert)]++;
     Entry& entry = next_entry_[static_cast<std::size_t>(dest)];
@@ -63,7 +70,7 @@ class Placement {
           static_cast<std::int32_t>(source_ * args_.choices_per_rank() + i);
       *entry.row++ = row;
     }
-    return row;
+    return {.rank = dest, .row = row};
   }
 
   const PlanArgs& args_;
@@ -73,6 +80,6 @@ class Placement {
   std::vector<Entry> next_entry_;       // [destination]
 };
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_PLAN_PLACEMENT_H_

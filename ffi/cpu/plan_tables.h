@@ -7,7 +7,7 @@
 
 #include "common/plan.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // A cutoff that no choice reaches.
 inline constexpr std::int64_t kKeepAll = std::numeric_limits<std::int64_t>::max();
@@ -69,6 +69,6 @@ inline bool IsKept(const PlanArgs& args, const PlanTables& tables, std::int64_t 
   return cutoff == kKeepAll || Priority(args, k, token, source) < cutoff;
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_PLAN_TABLES_H_

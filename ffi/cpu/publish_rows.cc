@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
 #include "cpu/output_pages.h"
 #include "cpu/row_math.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 // Entries [begin, end) of all ranges put together.
@@ -37,10 +36,6 @@ void CopyEntries(const PublishRowsArgs& args, std::int64_t begin, std::int64_t e
 
 void RunChunk(const void* opaque, std::int64_t chunk) {
   const auto& args = *static_cast<const PublishRowsArgs*>(opaque);
-  if (chunk == 0 && args.whole_bytes > 0) {
-    std::memcpy(args.whole_to, args.whole_from,
-                static_cast<std::size_t>(args.whole_bytes));
-  }
   const std::int64_t step = ItemsPerChunk(args.row_bytes);
   const std::int64_t begin = chunk * step;
   CopyEntries(args, begin, std::min(begin + step, args.NumEntries()));
@@ -85,12 +80,9 @@ void KeepPulledRows(const std::int32_t* recv_row, const std::int32_t* recv_count
 }
 
 Work PublishRowsWork(const PublishRowsArgs& args) {
-  // The first chunk copies the second buffer, even if there are no rows.
-  const std::int64_t at_least = args.whole_bytes > 0 ? 1 : 0;
   return {.args = &args,
           .run = RunChunk,
-          .num_chunks = std::max(
-              CeilDiv(args.NumEntries(), ItemsPerChunk(args.row_bytes)), at_least)};
+          .num_chunks = CeilDiv(args.NumEntries(), ItemsPerChunk(args.row_bytes))};
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

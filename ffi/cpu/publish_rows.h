@@ -8,7 +8,7 @@
 #include "common/work.h"
 #include "cpu/plan_fault.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // Copies the rows of a buffer that other processes read to the same rows of a window.
 struct PublishRowsArgs {
@@ -19,10 +19,6 @@ struct PublishRowsArgs {
   std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
   std::int64_t num_rows;
   std::int64_t row_bytes;
-  // A small second buffer, copied whole.
-  const void* whole_from;
-  void* whole_to;
-  std::int64_t whole_bytes;
 
   std::int64_t NumEntries() const {
     std::int64_t sum = 0;
@@ -43,6 +39,6 @@ void KeepPulledRows(const std::int32_t* recv_row,     // [num_rows]
 // Returns the work. `args` is read when it runs and must live until then.
 Work PublishRowsWork(const PublishRowsArgs& args);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_PUBLISH_ROWS_H_

@@ -8,7 +8,7 @@
 #include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 std::int64_t TokensPerChunk(const ReduceRowsArgs& args) {
@@ -26,7 +26,7 @@ std::int64_t ListTerms(const ReduceRowsArgs& args, std::int64_t t, ReduceTerm* t
       continue;
     }
     const std::int32_t row = args.send_row[choice];
-    const std::int32_t rank = RankOf(args, choice);
+    const std::int32_t rank = args.send_rank[choice];
     const ReduceTerm term = {
         .row = static_cast<const char*>(args.rows[rank]) + row * row_bytes,
         .weight = args.weights == nullptr ? 1.0F : args.weights[choice],
@@ -67,4 +67,4 @@ Work ReduceRowsWork(const ReduceRowsArgs& args) {
           .num_chunks = CeilDiv(args.num_tokens, TokensPerChunk(args))};
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

@@ -6,7 +6,7 @@
 #include "cpu/plan_fault.h"
 #include "cpu/row_math.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 std::int64_t TokensPerChunk(const RowDotsArgs& args) {
@@ -28,7 +28,7 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
         args.dots[choice] = 0;
         continue;
       }
-      const void* rows = args.rows[RankOf(args, choice)];
+      const void* rows = args.rows[args.send_rank[choice]];
       const char* a =
           static_cast<const char*>(rows) + args.send_row[choice] * row_bytes;
       args.dots[choice] = math.dot(args.dtype, a, b, args.hidden);
@@ -44,4 +44,4 @@ Work RowDotsWork(const RowDotsArgs& args) {
           .num_chunks = CeilDiv(args.num_tokens, TokensPerChunk(args))};
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

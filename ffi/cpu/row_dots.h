@@ -4,11 +4,11 @@
 #include "common/row_dots.h"
 #include "common/work.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // Returns the work of one rank. `args` is read when it runs and must live until then.
 Work RowDotsWork(const RowDotsArgs& args);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_ROW_DOTS_H_

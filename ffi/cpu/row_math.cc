@@ -1,6 +1,6 @@
 #include "cpu/row_math.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 extern const RowMath kRowMathBaseline;
 #if defined(__x86_64__)
@@ -16,4 +16,4 @@ const RowMath& BestRowMath() {
   return kRowMathBaseline;
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

@@ -5,7 +5,7 @@
 
 #include "common/dtype.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 // One summand of a token's result.
 struct ReduceTerm {
@@ -46,6 +46,6 @@ struct RowMath {
 // Returns the best table that this CPU runs.
 const RowMath& BestRowMath();
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_FFI_CPU_ROW_MATH_H_

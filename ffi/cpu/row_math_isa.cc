@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 namespace {
 
 // Elements of a token that are summed before the next ones are looked at: both sums
@@ -241,4 +241,4 @@ const RowMath EP_ROW_MATH = {
     .dot = DotAny,
 };
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

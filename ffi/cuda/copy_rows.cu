@@ -4,7 +4,7 @@
 #include "cuda/gather_rows.h"
 #include "cuda/received.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // Narrow units are for odd rows, which are short as a rule.
@@ -75,4 +75,4 @@ cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
   return launch(CopyRowsKernel<std::uint8_t>);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

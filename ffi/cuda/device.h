@@ -7,7 +7,7 @@
 
 #include "cuda/launch.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffU;
 
@@ -92,6 +92,6 @@ __host__ __device__ inline bool AreAligned(std::int64_t bytes, Addresses... addr
   return ((addresses % bytes == 0) && ...);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_DEVICE_H_

@@ -8,7 +8,7 @@
 #include "common/element.h"
 #include "cuda/device.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // As many elements as a lane loads at once: 16 bytes of them, or one where rows do not
 // consist of such.
@@ -72,6 +72,6 @@ auto VisitElements(DType dtype, std::int64_t hidden, Visit visit) {
   return with(F64());
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_ELEMENTS_H_

@@ -7,7 +7,7 @@
 
 #include "common/gather_rows.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // Fills the rows of `num_stacked` ranks, of which these are the first one's arguments:
 // with plain copies of their tokens, or with scaled ones.
@@ -16,6 +16,6 @@ cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
 cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                       cudaStream_t stream);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_GATHER_ROWS_H_

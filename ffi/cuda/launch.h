@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // Kernels with large bodies state a minimum of one block in their launch bounds. Left
 // unstated, ptxas spills registers to fit more blocks.
@@ -57,6 +57,6 @@ cudaError_t LaunchStacked(void (*kernel)(Args), const Args& args,
                 threads, stream, args);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_LAUNCH_H_

@@ -3,7 +3,7 @@
 #include "cuda/plan.h"
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 std::int64_t PlanWorkspace(const PlanArgs& args) { return PlanTables::Words(args); }
 
@@ -19,4 +19,4 @@ cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
   return cudaSuccess;
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

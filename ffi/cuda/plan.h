@@ -7,7 +7,7 @@
 
 #include "common/plan.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // Words of int32 that MakePlans needs for so many stacked ranks.
 std::int64_t PlanWorkspace(const PlanArgs& args);
@@ -17,6 +17,6 @@ std::int64_t PlanWorkspace(const PlanArgs& args);
 cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
                       std::int32_t* workspace, cudaStream_t stream);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_PLAN_H_

@@ -2,7 +2,7 @@
 
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // Files where the tile's choices go by their priority, for ranks that overflow.
@@ -34,4 +34,4 @@ cudaError_t CountAsked(const PlanTables& tables, cudaStream_t stream) {
   return LaunchOnTiles(CountAskedKernel, tables, stream);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

@@ -2,7 +2,7 @@
 
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // A warp per tile.
@@ -30,4 +30,4 @@ cudaError_t CountKept(const PlanTables& tables, cudaStream_t stream) {
   return LaunchOnTiles(CountKeptKernel, tables, stream);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

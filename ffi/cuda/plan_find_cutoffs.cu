@@ -2,7 +2,7 @@
 
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 constexpr int kCutoffWarps = 32;
@@ -105,4 +105,4 @@ cudaError_t FindCutoffs(const PlanTables& tables, cudaStream_t stream) {
   return Launch(FindCutoffsKernel, blocks, kCutoffThreads, stream, tables);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

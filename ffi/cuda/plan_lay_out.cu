@@ -2,7 +2,7 @@
 
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 constexpr int kLayOutWarps = 32;
@@ -132,4 +132,4 @@ cudaError_t LayOut(const PlanTables& tables, cudaStream_t stream) {
   return Launch(LayOutKernel, blocks, kLayOutThreads, stream, tables);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

@@ -2,7 +2,7 @@
 
 #include "cuda/plan_tables.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // Takes the next number for each lane that wants one, in the order of the lanes: lanes
@@ -45,6 +45,7 @@ __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
     const std::int32_t entry = TakeNumber(counters, tables.DestColumn(dest), is_kept);
     if (expert != kDropped && !is_kept) ++dropped;
     if (i >= tile.end) continue;
+    own.send_rank[i] = is_kept ? dest : kDropped;
     own.send_row[i] = target;
     own.kept[i] = is_kept;
     if (!is_kept) continue;
@@ -78,4 +79,4 @@ cudaError_t Place(const PlanTables& tables, cudaStream_t stream) {
   return LaunchOnTiles(PlaceKernel, tables, stream);
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

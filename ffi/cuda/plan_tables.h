@@ -7,7 +7,7 @@
 #include "common/plan.h"
 #include "cuda/device.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // A cutoff that no choice reaches.
 inline constexpr std::int32_t kKeepAll = std::numeric_limits<std::int32_t>::max();
@@ -172,6 +172,6 @@ cudaError_t CountKept(const PlanTables& tables, cudaStream_t stream);
 cudaError_t LayOut(const PlanTables& tables, cudaStream_t stream);
 cudaError_t Place(const PlanTables& tables, cudaStream_t stream);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_PLAN_TABLES_H_

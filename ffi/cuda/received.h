@@ -6,7 +6,7 @@
 #include "common/gather_rows.h"
 #include "cuda/device.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // How much of one rank's receive list and rows is in use: at most what there is.
 struct Received {
@@ -74,6 +74,6 @@ __device__ inline void ZeroUnfilled(const GatherRowsArgs& args,
   }
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_RECEIVED_H_

@@ -6,7 +6,7 @@
 #include "cuda/elements.h"
 #include "cuda/reduce_rows.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 constexpr int kLoadsInFlight = 4;
@@ -27,11 +27,11 @@ __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& ter
   int count = 0;
   for (int k = Lane(); k < topk; k += kWarpSize) {
     if (!HasRow(args, first + k)) continue;
-    const std::int32_t rank = RankOf(args, first + k);
+    const std::int32_t rank = args.send_rank[first + k];
     int place = 0;
     for (int j = 0; j < topk; ++j) {
       if (!HasRow(args, first + j)) continue;
-      const std::int32_t other = RankOf(args, first + j);
+      const std::int32_t other = args.send_rank[first + j];
       place += other < rank || (other == rank && j < k) ? 1 : 0;
     }
     terms.row[place] = static_cast<const char*>(args.rows[rank]) +
@@ -115,4 +115,4 @@ cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
   });
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

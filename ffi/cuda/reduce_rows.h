@@ -7,7 +7,7 @@
 
 #include "common/reduce_rows.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 
 // Choices of a token that the kernel has room for.
 inline constexpr std::int64_t kMaxTopk = 64;
@@ -17,6 +17,6 @@ inline constexpr std::int64_t kMaxTopk = 64;
 cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
                        cudaStream_t stream);
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_FFI_CUDA_REDUCE_ROWS_H_

@@ -5,7 +5,7 @@
 #include "cuda/elements.h"
 #include "cuda/row_dots.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // The contract's order of additions: 64 running sums, of every 64th element each, that
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) 
     float dot = 0;
     if (HasRow(args, choice)) {
       const std::int32_t row = args.send_row[choice];
-      const void* rows = args.rows[RankOf(args, choice)];
+      const void* rows = args.rows[args.send_rank[choice]];
       const char* a = static_cast<const char*>(rows) + row * row_bytes;
       const char* b =
           static_cast<const char*>(args.dout) + choice / args.num_topk * row_bytes;
@@ -85,4 +85,4 @@ cudaError_t RowDots(const RowDotsArgs& args, std::int64_t num_stacked,
   });
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

@@ -5,7 +5,7 @@
 #include "cuda/gather_rows.h"
 #include "cuda/received.h"
 
-namespace jax_ep {
+namespace jax_ep::cuda {
 namespace {
 
 // Writes one entry's row: its token, scaled by its choice's weight. By one warp.
@@ -57,4 +57,4 @@ cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
   });
 }
 
-}  // namespace jax_ep
+}  // namespace jax_ep::cuda

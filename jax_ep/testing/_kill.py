@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import jax
 
-from jax_ep import _native
+from jax_ep import _native, _waits
 from jax_ep.testing._job import Stage, current_folder, write_stage
 
 When: TypeAlias = Literal["now", "publishing", "awaiting", "pulling"]
@@ -65,7 +65,7 @@ def kill(rank: int, *, when: When = "now", how: How = "kill", exchanges: int = 0
         return
     write_stage(folder, rank, Stage.DOOMED)
     if when != "now":
-        _native.end_at(_PHASES[when], exchanges, _SIGNALS[how])
+        _waits.end_at(_PHASES[when], exchanges, _SIGNALS[how])
     elif how == "exit":
         os._exit(1)
     else:

@@ -57,7 +57,7 @@ def _use(case: Case) -> Program:
     unweighted = WRAPS[case.wrap](lambda plan, r: jax_ep.combine(r, plan))
 
     def use(plan, x, rows, weights, drows, dout):
-        results = {name: getattr(plan, name) for name in exchanges.FIELDS}
+        results = exchanges.fields_of(plan)
         if jnp.issubdtype(x.dtype, jnp.floating):
             results["sent"], pull = jax.vjp(lambda x: dispatch(plan, x), x)
             results["dx"] = pull(drows)[0]
@@ -148,7 +148,7 @@ def _check_routing(case: Case, program: Program, topk_idx: np.ndarray) -> None:
 def _check_entry(case: Case, inputs: Inputs, got: dict[str, np.ndarray]) -> None:
     plan, want = exchanges.expect(case.shape, inputs)
     result = Answers(case.row, case.shape, inputs, plan, got, want)
-    for name in exchanges.FIELDS:
+    for name in (*exchanges.FIELDS, *exchanges.TARGETS):
         result.same(name)
     for name in ("sent", "drows", "plain_drows"):
         result.same_rows(name)

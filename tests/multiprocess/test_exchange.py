@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import strategies
-from exchanges import FIELDS, Answers
+from exchanges import FIELDS, TARGETS, Answers
 from implementations import Fabric, PerRank, Row, devices, over_devices, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,7 +66,7 @@ def _compare_with_oracle(row: Row, dtype: Any) -> None:
     for shape, routings in CASES:
         for routing in routings:
             result = Answers.of(row, shape, routing(shape), dtype)
-            for name in FIELDS:
+            for name in (*FIELDS, *TARGETS):
                 result.same(name)
             for name in ("sent", "drows", "plain_drows"):
                 result.same_rows(name)

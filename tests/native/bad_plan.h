@@ -22,7 +22,7 @@ inline std::vector<std::int32_t> NumbersOutside(std::int64_t size) {
 }
 
 // Checks that the fault names this field, or that there is none.
-inline bool CheckFault(const PlanFault& fault, std::string_view field) {
+inline bool CheckFault(const cpu::PlanFault& fault, std::string_view field) {
   const std::string_view what = fault.what() == nullptr ? "" : fault.what();
   return EP_CHECK_EQ(std::string(what.substr(0, what.find(' '))), std::string(field));
 }

@@ -40,7 +40,7 @@ void CheckSpoilt(Gathering& gathering, Numbers32& field, const char* name,
   const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value) +
                    (scaled ? ", scaled" : ""));
   const std::int32_t good = std::exchange(field[i], value);
-  PlanFault fault;
+  cpu::PlanFault fault;
   EP_CHECK(gathering.Run(scaled, &fault, rng) == wanted);
   CheckFault(fault, name);
   gathering.Run(scaled, nullptr, rng);  // who does not ask need not be told
@@ -59,7 +59,7 @@ EP_TEST(EntriesOutOfRangeAreLeftOut) {
     const std::int64_t num_choices = geometry.num_ranks * geometry.choices_per_rank();
     const std::size_t step = rows_per_chunk == 3 ? 5 : 1;
     for (const bool scaled : {false, true}) {
-      PlanFault fault;
+      cpu::PlanFault fault;
       const std::vector<char> good = gathering.Run(scaled, &fault, rng);
       CheckFault(fault, "");
       for (std::size_t i = 0; i < received; i += step) {
@@ -148,7 +148,7 @@ EP_TEST(EntriesWithoutChoicesAreLeftOut) {
     gathering.plan.recv_choice = {0, 1, -1, 5, 0};
     gathering.plan.recv_row = {0, 1, 2, 3, 4};
     for (const bool scaled : {false, true}) {
-      PlanFault fault;
+      cpu::PlanFault fault;
       const std::vector<char> rows = gathering.Run(scaled, &fault, rng);
       EP_CHECK(rows == std::vector<char>(rows.size(), '\0'));
       CheckFault(fault, "recv_choice");
@@ -176,7 +176,7 @@ EP_TEST(AnyNumbersAnywhere) {
     if ((bits & 12) == 0) spoil(plan.recv_counts, 3);
     if ((bits & 48) == 0) spoil(plan.group_sizes, 3);
     if ((bits & 192) == 0) spoil(plan.group_rows, 1);
-    PlanFault fault;
+    cpu::PlanFault fault;
     gathering.Run(turn % 2 == 0, &fault, rng);
   }
 }

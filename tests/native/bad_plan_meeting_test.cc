@@ -30,7 +30,7 @@ struct Rank {
 
   Gathering gathering;
   GatherRowsArgs args = {};
-  PlanFault fault;
+  cpu::PlanFault fault;
   std::optional<std::string> failure;
 };
 
@@ -59,14 +59,14 @@ void Meet(MeetingPoint& point, Ranks& ranks, const Schedule& schedule) {
     Rank& rank = *ranks[static_cast<std::size_t>(i)];
     const auto own = static_cast<std::size_t>(i);
     point.Attend({.key = {.run_id = 1, .call_site = 1, .group = 0},
-                  .print = {.op = "dispatch", .dims = {40, kRowBytes}, .plan = 7},
+                  .print = {.op = "dispatch", .rows = 40, .row_bytes = kRowBytes, .plan = 7},
                   .rank = static_cast<std::int32_t>(i),
                   .num_ranks = kRanks,
-                  .lent = {rank.gathering.x[own].data(), nullptr},
+                  .lent = {{.data = rank.gathering.x[own].data()}},
                   .make_work =
                       [&](const PeerTables& tables) {
                         rank.args.x = PeerTable(tables[0]);
-                        return GatherRowsWork(rank.args);
+                        return std::vector<Work>{cpu::GatherRowsWork(rank.args)};
                       },
                   .done =
                       [&](const auto& failure) {

@@ -39,15 +39,14 @@ struct Pulling {
 
   // What ReduceRows or RowDots, which have these arguments in common, are given.
   template <typename Args>
-  Args Common(PlanFault* fault) const {
+  Args Common(cpu::PlanFault* fault) const {
     Args args = {};
     args.rows = PeerTable(tokens.table.data());
-    args.topk_idx = tokens.topk_idx.data();
+    args.send_rank = tokens.send_rank.data();
     args.send_row = tokens.send_row.data();
     args.num_ranks = tokens.geometry.num_ranks;
     args.num_tokens = tokens.geometry.num_tokens;
     args.num_topk = tokens.geometry.num_topk;
-    args.num_local_experts = tokens.geometry.num_local_experts;
     args.capacity = tokens.geometry.capacity;
     args.hidden = tokens.hidden;
     args.dtype = DType::kF32;
@@ -56,17 +55,17 @@ struct Pulling {
   }
 
   // The sums of all tokens, and behind them the products of all choices.
-  std::vector<float> Run(PlanFault* fault, std::mt19937_64& rng) const {
+  std::vector<float> Run(cpu::PlanFault* fault, std::mt19937_64& rng) const {
     std::vector<float> out(static_cast<std::size_t>(dout.size()), 7);
     auto reduce = Common<ReduceRowsArgs>(fault);
     reduce.weights = static_cast<const float*>(weights.at(0));
     reduce.out = out.data();
-    RunShuffled(ReduceRowsWork(reduce), rng);
+    RunShuffled(cpu::ReduceRowsWork(reduce), rng);
     std::vector<float> dots(tokens.send_row.size(), 7);
     auto multiply = Common<RowDotsArgs>(fault);
     multiply.dout = dout.at(0);
     multiply.dots = dots.data();
-    RunShuffled(RowDotsWork(multiply), rng);
+    RunShuffled(cpu::RowDotsWork(multiply), rng);
     out.insert(out.end(), dots.begin(), dots.end());
     return out;
   }
@@ -87,14 +86,14 @@ void CheckSpoilt(Pulling& pulling, Numbers32& field, std::size_t i, std::int32_t
                  std::mt19937_64& rng) {
   const Case which(std::string(fault_in) + "[" + Show(i) + "] = " + Show(value));
   const std::int32_t good = std::exchange(field[i], value);
-  PlanFault fault;
+  cpu::PlanFault fault;
   EP_CHECK(SameBits(pulling.Run(&fault, rng), wanted));
   CheckFault(fault, fault_in);
   pulling.Run(nullptr, rng);  // who does not ask need not be told
   field[i] = good;
 }
 
-// A choice whose row or expert is out of range counts as dropped.
+// A choice whose row or rank is out of range counts as dropped.
 EP_TEST(ChoicesOutOfRangeAreLeftOut) {
   std::mt19937_64 rng(1);
   // Tokens in one chunk, and in one each.
@@ -103,7 +102,7 @@ EP_TEST(ChoicesOutOfRangeAreLeftOut) {
     TokenRows& tokens = pulling.tokens;
     for (std::size_t i = 0; i < tokens.send_row.size(); i += hidden == 5 ? 1 : 3) {
       const std::int32_t row = std::exchange(tokens.send_row[i], kDropped);
-      PlanFault fault;
+      cpu::PlanFault fault;
       const std::vector<float> wanted = pulling.Run(&fault, rng);
       CheckFault(fault, "");
       tokens.send_row[i] = row;
@@ -111,16 +110,16 @@ EP_TEST(ChoicesOutOfRangeAreLeftOut) {
         const char* fault_in = value == kDropped ? "" : "send_row";
         CheckSpoilt(pulling, tokens.send_row, i, value, fault_in, wanted, rng);
       }
-      for (const std::int32_t value : NumbersOutside(tokens.geometry.num_experts())) {
-        // The expert of a choice without a row is nobody's concern.
-        const char* fault_in = row == kDropped ? "" : "topk_idx";
-        CheckSpoilt(pulling, tokens.topk_idx, i, value, fault_in, wanted, rng);
+      for (const std::int32_t value : NumbersOutside(tokens.geometry.num_ranks)) {
+        // The rank of a choice without a row is nobody's concern.
+        const char* fault_in = row == kDropped ? "" : "send_rank";
+        CheckSpoilt(pulling, tokens.send_rank, i, value, fault_in, wanted, rng);
       }
     }
   }
 }
 
-EP_TEST(AnyRowsOfAnyExperts) {
+EP_TEST(AnyRowsOfAnyRanks) {
   std::mt19937_64 rng(2);
   Pulling pulling(rng);
   const TokenRows good = pulling.tokens;
@@ -131,26 +130,26 @@ EP_TEST(AnyRowsOfAnyExperts) {
         return rng() % 3 == 0 ? outside[rng() % outside.size()] : number;
       };
       pulling.tokens.send_row[i] = any(good.send_row[i], good.geometry.capacity);
-      pulling.tokens.topk_idx[i] = any(good.topk_idx[i], good.geometry.num_experts());
+      pulling.tokens.send_rank[i] = any(good.send_rank[i], good.geometry.num_ranks);
     }
-    PlanFault fault;
+    cpu::PlanFault fault;
     pulling.Run(&fault, rng);
   }
 }
 
-// No choices at all, and choices of no experts.
+// No choices at all, and choices among no ranks.
 EP_TEST(NothingToPull) {
   std::mt19937_64 rng(3);
   Pulling pulling(rng);
-  pulling.tokens.geometry.num_local_experts = 0;
-  PlanFault fault;
+  pulling.tokens.geometry.num_ranks = 0;
+  cpu::PlanFault fault;
   const std::vector<float> zeros(static_cast<std::size_t>(pulling.dout.size()) +
                                  pulling.tokens.send_row.size());
   EP_CHECK(SameBits(pulling.Run(&fault, rng), zeros));
-  CheckFault(fault, "topk_idx");
+  CheckFault(fault, "send_rank");
   pulling.tokens.geometry.num_topk = 0;
   pulling.tokens.send_row.clear();
-  pulling.tokens.topk_idx.clear();
+  pulling.tokens.send_rank.clear();
   EP_CHECK(SameBits(pulling.Run(&fault, rng),
                     std::vector<float>(static_cast<std::size_t>(pulling.dout.size()))));
 }
@@ -159,19 +158,19 @@ EP_TEST(NothingToPull) {
 // these are: the second and the third of three.
 struct Publishing {
   // Returns which rows are published.
-  std::vector<bool> Run(PlanFault* fault, std::mt19937_64& rng) const {
+  std::vector<bool> Run(cpu::PlanFault* fault, std::mt19937_64& rng) const {
     const auto size = static_cast<std::size_t>(kRows * kRowBytes);
     const std::vector<char> from(size, 'x');
     std::vector<char> to(size, '-');
-    PublishRowsArgs args = {};
+    cpu::PublishRowsArgs args = {};
     args.from = from.data();
     args.to = to.data();
     args.ranges = {{0, kRows}};
     args.num_rows = kRows;
     args.row_bytes = kRowBytes;
-    KeepPulledRows(recv_row.data(), recv_counts.data(), {false, true, true}, fault,
-                   args);
-    RunShuffled(PublishRowsWork(args), rng);
+    cpu::KeepPulledRows(recv_row.data(), recv_counts.data(), {false, true, true}, fault,
+                        args);
+    RunShuffled(cpu::PublishRowsWork(args), rng);
     std::vector<bool> published;
     for (std::int64_t row = 0; row < kRows; ++row) {
       const auto start = to.begin() + row * kRowBytes;
@@ -189,7 +188,7 @@ struct Publishing {
 
 EP_TEST(RowsThatRanksElsewherePullArePublished) {
   std::mt19937_64 rng(4);
-  PlanFault fault;
+  cpu::PlanFault fault;
   EP_CHECK(Publishing().Run(&fault, rng) ==
            std::vector<bool>({false, true, false, true, false, false, false, true}));
   CheckFault(fault, "");
@@ -204,7 +203,7 @@ EP_TEST(AllIsPublishedIfRowsAreOutOfRange) {
       const Case which("recv_row[" + Show(i) + "] = " + Show(value));
       Publishing publishing;
       publishing.recv_row[i] = value;
-      PlanFault fault;
+      cpu::PlanFault fault;
       const std::vector<bool> published = publishing.Run(&fault, rng);
       const bool is_elsewhere = i >= 2;
       CheckFault(fault, is_elsewhere ? "recv_row" : "");
@@ -220,7 +219,7 @@ EP_TEST(AllIsPublishedIfCountsCannotBe) {
       const Case which("recv_counts[" + Show(i) + "] = " + Show(value));
       Publishing publishing;
       publishing.recv_counts[i] = value;
-      PlanFault fault;
+      cpu::PlanFault fault;
       EP_CHECK(publishing.Run(&fault, rng) ==
                std::vector<bool>(Publishing::kRows, true));
       CheckFault(fault, "recv_counts");

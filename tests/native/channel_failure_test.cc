@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <latch>
 #include <memory>
@@ -19,6 +18,8 @@
 #include "fabric/processes/channel.h"
 #include "fabric/processes/futex.h"
 #include "fabric/processes/process_words.h"
+#include "fabric/processes/shared_print.h"
+#include "fabric/processes/window.h"
 #include "simulated_processes.h"
 #include "threads.h"
 
@@ -54,18 +55,14 @@ class PlayedProcess {
     Ring(words_.bell);
   }
   void Publish(Epoch epoch, const SpanCall& call) {
-    SharedPrint& print = words_.prints[epoch % 2];
-    print = {.op = {},
-             .dims = call.print.dims,
-             .lent_bytes = call.bytes,
-             .plan = call.print.plan};
-    std::strncpy(print.op.data(), call.print.op, print.op.size() - 1);
-    // The sizes of SpanCall fill the places that they are given.
-    const std::int64_t bytes = call.bytes[0] + call.bytes[1];
-    char* half = shown_.NewHalf(epoch % 2, static_cast<std::size_t>(bytes));
-    for (std::int64_t i = 0; i < bytes; ++i) {
-      half[i] = i < call.bytes[0] ? PayloadByte(call, 0, i)
-                                  : PayloadByte(call, 1, i - call.bytes[0]);
+    words_.prints[epoch % 2] = Share(call.print, call.bytes);
+    const HalfLayout layout(call.bytes);
+    char* half = shown_.NewHalf(epoch % 2, layout.BytesOf(1));
+    for (std::size_t lent = 0; lent < call.bytes.size(); ++lent) {
+      char* place = layout.Place(half, 0, lent);
+      for (std::int64_t i = 0; i < call.bytes[lent]; ++i) {
+        place[i] = PayloadByte(call, lent, i);
+      }
     }
     words_.published.store(epoch, std::memory_order_release);
     Enter(Phase::kAwaiting, epoch);
@@ -351,27 +348,35 @@ void CheckMismatch(const CallPrint& print, const std::string& described) {
 }
 
 EP_TEST(ProcessesThatCallDifferentThingsFail) {
-  CheckMismatch({.op = "combine", .dims = {64, 256}, .plan = 7},
+  CheckMismatch({.op = "combine", .rows = 64, .row_bytes = 256, .plan = 7},
                 "combine of [64 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {65, 256}, .plan = 7},
+  CheckMismatch({.op = "dispatch", .rows = 65, .row_bytes = 256, .plan = 7},
                 "dispatch of [65 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {64, 255}, .plan = 7},
+  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 255, .plan = 7},
                 "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {64, 256}, .plan = 4000000000},
+  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 4000000000},
                 "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
 }
 
 // All that the error can tell of it is how much: the calls are the same by name.
-EP_TEST(ProcessesThatPublishDifferentSizesFail) {
+void CheckOtherSizes(std::vector<std::int64_t> bytes, const std::string& sizes) {
   Duel duel(1);
-  duel.theirs.bytes = {256, 128};
+  duel.theirs.bytes = std::move(bytes);
   duel.peer.Publish(1, duel.theirs);
-  const std::string sizes =
-      "; a rank publishes [256, 64] bytes in the one and [256, 128] bytes in the other";
   CheckFailed(duel.job.Attend(duel.own).Wait(),
               {"in epoch 1 rank 0 of process 0 called " + std::string(kDescribed) +
                " and rank 1 of process 1 called " + kDescribed + sizes});
   duel.CheckIsOver({sizes});
+}
+
+EP_TEST(ProcessesThatLendDifferentBuffersFail) {
+  CheckOtherSizes(
+      {256, 128}, "; a rank publishes 320 bytes in the one and 384 bytes in the other");
+  CheckOtherSizes({256, 64, 0},
+                  "; a rank lends 2 buffers in the one and 3 in the other");
+  CheckOtherSizes({}, "; a rank lends 2 buffers in the one and 0 in the other");
+  CheckOtherSizes({64, 256},
+                  "; a rank publishes 320 bytes in both, but not the same of each buffer");
 }
 
 // A name longer than what processes share of it is cut, not run over.

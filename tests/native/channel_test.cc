@@ -1,7 +1,6 @@
 #include "fabric/processes/channel.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -27,13 +26,15 @@ void Linger(std::int32_t, Phase, Epoch) {
   Dawdle(rng);
 }
 
-// The same for all ranks; at times they lend nothing.
-std::array<std::int64_t, 2> BytesOfTurn(std::int64_t site, std::int64_t turn) {
+// The same for all ranks; at times they lend no bytes, or not even a buffer.
+std::vector<std::int64_t> BytesOfTurn(std::int64_t site, std::int64_t turn) {
   std::mt19937_64 rng(static_cast<std::uint64_t>(site * 1000 + turn));
-  const auto first =
-      static_cast<std::int64_t>(rng() % 4 == 0 ? rng() % 4000 : rng() % 200);
-  const auto second = static_cast<std::int64_t>(rng() % 2 == 0 ? 0 : rng() % 100);
-  return {turn % 11 == 10 ? 0 : first, second};
+  std::vector<std::int64_t> bytes(rng() % 5);
+  for (std::int64_t& of_buffer : bytes) {
+    const std::uint64_t kind = turn % 11 == 10 ? 0 : rng() % 6;
+    of_buffer = kind == 0 ? 0 : static_cast<std::int64_t>(rng() % (kind == 1 ? 4000 : 200));
+  }
+  return bytes;
 }
 
 // Makes the call of a rank over and over, at random times.
@@ -112,7 +113,7 @@ EP_TEST(TheLeadersOrderWins) {
         const std::int64_t site = (i * (rank == 1 ? 5 : 1) + rank) % kSites;
         const SpanCall call = {.site = site,
                                .run_id = run,
-                               .print = {.op = "combine", .dims = {site, run}},
+                               .print = {.op = "combine", .rows = site, .row_bytes = run},
                                .rank = static_cast<std::int32_t>(rank),
                                .bytes = BytesOfTurn(site, run)};
         Dawdle(rng);

@@ -85,7 +85,8 @@ struct Exchange {
                                  .dtype = DType::kF32,
                                  .scaled = scaled,
                                  .zero_tail = true};
-    EP_CHECK_RAN((scaled ? ScaleRows : CopyRows)(args, geometry.num_ranks, nullptr));
+    EP_CHECK_RAN(
+        (scaled ? cuda::ScaleRows : cuda::CopyRows)(args, geometry.num_ranks, nullptr));
     return result;
   }
 
@@ -94,12 +95,11 @@ struct Exchange {
   Args Common() const {
     Args args = {};
     args.rows = PeerTable(rows_table.data());
-    args.topk_idx = ranks.topk_idx.data();
+    args.send_rank = ranks.send_rank.data();
     args.send_row = ranks.send_row.data();
     args.num_ranks = ranks.geometry.num_ranks;
     args.num_tokens = ranks.geometry.num_tokens;
     args.num_topk = ranks.geometry.num_topk;
-    args.num_local_experts = ranks.geometry.num_local_experts;
     args.capacity = ranks.geometry.capacity;
     args.hidden = kHidden;
     args.dtype = DType::kF32;
@@ -114,11 +114,11 @@ struct Exchange {
     auto reduce = Common<ReduceRowsArgs>();
     reduce.weights = static_cast<const float*>(weights.at(0));
     reduce.out = result.data();
-    EP_CHECK_RAN(ReduceRows(reduce, ranks.geometry.num_ranks, nullptr));
+    EP_CHECK_RAN(cuda::ReduceRows(reduce, ranks.geometry.num_ranks, nullptr));
     auto multiply = Common<RowDotsArgs>();
     multiply.dout = dout.at(0);
     multiply.dots = reinterpret_cast<float*>(result.data() + sums);
-    EP_CHECK_RAN(RowDots(multiply, ranks.geometry.num_ranks, nullptr));
+    EP_CHECK_RAN(cuda::RowDots(multiply, ranks.geometry.num_ranks, nullptr));
     return result;
   }
 
@@ -221,7 +221,7 @@ EP_TEST(EntriesWithoutChoicesAreLeftOut) {
   }
 }
 
-// A choice whose row or expert is out of range counts as dropped.
+// A choice whose row or rank is out of range counts as dropped.
 EP_TEST(ChoicesOutOfRangeAreLeftOut) {
   std::mt19937_64 rng(4);
   Exchange exchange(rng);
@@ -240,16 +240,8 @@ EP_TEST(ChoicesOutOfRangeAreLeftOut) {
     };
     check(ranks.send_row, "send_row", ranks.geometry.capacity);
     ranks.send_row[i] = row;
-    check(ranks.topk_idx, "topk_idx", ranks.geometry.num_experts());
+    check(ranks.send_rank, "send_rank", ranks.geometry.num_ranks);
   }
-}
-
-EP_TEST(ChoicesOfNoExpertsAreLeftOut) {
-  std::mt19937_64 rng(5);
-  Exchange exchange(rng);
-  exchange.ranks.geometry.num_local_experts = 0;
-  const std::vector<char> got = exchange.Pull();
-  EP_CHECK(std::ranges::all_of(got, [](char c) { return c == '\0'; }));
 }
 
 }  // namespace

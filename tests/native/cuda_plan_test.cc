@@ -30,6 +30,7 @@ class StackedPlans {
         expert_load_(g.num_ranks * g.num_experts(), rng),
         recv_counts_(g.num_ranks * g.num_ranks, rng),
         num_dropped_(g.num_ranks, rng),
+        send_rank_(g.num_ranks * g.choices_per_rank(), rng),
         send_row_(g.num_ranks * g.choices_per_rank(), rng),
         recv_choice_(g.num_ranks * g.capacity, rng),
         recv_row_(g.num_ranks * g.capacity, rng),
@@ -42,6 +43,7 @@ class StackedPlans {
             .expert_load = expert_load_.data(),
             .recv_counts = recv_counts_.data(),
             .num_dropped = num_dropped_.data(),
+            .send_rank = send_rank_.data(),
             .send_row = send_row_.data(),
             .recv_choice = recv_choice_.data(),
             .recv_row = recv_row_.data(),
@@ -59,6 +61,7 @@ class StackedPlans {
     EP_CHECK_EQ(Slice(recv_counts_.data(), rank, geometry_.num_ranks),
                 want.recv_counts);
     EP_CHECK_EQ(num_dropped_.data()[rank], want.num_dropped);
+    EP_CHECK_EQ(Slice(send_rank_.data(), rank, choices), want.send_rank);
     EP_CHECK_EQ(Slice(send_row_.data(), rank, choices), want.send_row);
     EP_CHECK_EQ(ReceiveList(recv_choice_, rank, want), want.recv_choice);
     EP_CHECK_EQ(ReceiveList(recv_row_, rank, want), want.recv_row);
@@ -68,8 +71,8 @@ class StackedPlans {
 
   void CheckBehind() const {
     for (const auto* output :
-         {&group_sizes_, &expert_load_, &recv_counts_, &num_dropped_, &send_row_,
-          &recv_choice_, &recv_row_, &group_rows_}) {
+         {&group_sizes_, &expert_load_, &recv_counts_, &num_dropped_, &send_rank_,
+          &send_row_, &recv_choice_, &recv_row_, &group_rows_}) {
       EP_CHECK(output->IsIntactBehind());
     }
     EP_CHECK(kept_.IsIntactBehind());
@@ -90,6 +93,7 @@ class StackedPlans {
   Output<std::int32_t> expert_load_;
   Output<std::int32_t> recv_counts_;
   Output<std::int32_t> num_dropped_;
+  Output<std::int32_t> send_rank_;
   Output<std::int32_t> send_row_;
   Output<std::int32_t> recv_choice_;
   Output<std::int32_t> recv_row_;
@@ -125,8 +129,9 @@ void CheckPlans(const Geometry& geometry, const Choices& choices,
       .alignment = geometry.alignment,
   };
   StackedPlans plans(geometry, rng);
-  Output<std::int32_t> workspace(PlanWorkspace(args), rng);
-  if (!EP_CHECK_RAN(MakePlans(args, plans.First(), workspace.data(), nullptr))) return;
+  Output<std::int32_t> workspace(cuda::PlanWorkspace(args), rng);
+  if (!EP_CHECK_RAN(cuda::MakePlans(args, plans.First(), workspace.data(), nullptr)))
+    return;
   const std::vector<RankPlan> want = ReferencePlans(geometry, choices);
   for (std::size_t rank = 0; rank < want.size(); ++rank) {
     plans.Check(static_cast<std::int64_t>(rank), want[rank]);

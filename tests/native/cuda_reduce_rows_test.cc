@@ -17,13 +17,12 @@ namespace {
 ReduceRowsArgs Arguments(const StackedRanks& ranks, DType dtype, std::int64_t hidden) {
   return {.rows = PeerTable(),
           .weights = nullptr,
-          .topk_idx = ranks.topk_idx.data(),
+          .send_rank = ranks.send_rank.data(),
           .send_row = ranks.send_row.data(),
           .out = nullptr,
           .num_ranks = ranks.geometry.num_ranks,
           .num_tokens = ranks.geometry.num_tokens,
           .num_topk = ranks.geometry.num_topk,
-          .num_local_experts = ranks.geometry.num_local_experts,
           .capacity = ranks.geometry.capacity,
           .hidden = hidden,
           .dtype = dtype};
@@ -53,11 +52,11 @@ void CheckSums(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
   args.rows = peers.table();
   if (weighted) args.weights = static_cast<const float*>(weights.at(0));
   args.out = out.data();
-  if (!EP_CHECK_RAN(ReduceRows(args, num_ranks, nullptr))) return;
+  if (!EP_CHECK_RAN(cuda::ReduceRows(args, num_ranks, nullptr))) return;
   args.out = wanted.data();
   for (std::int64_t rank = 0; rank < num_ranks; ++rank) {
     const ReduceRowsArgs own = args.OfStacked(rank);
-    RunShuffled(ReduceRowsWork(own), rng);
+    RunShuffled(cpu::ReduceRowsWork(own), rng);
   }
   CheckSameNumbers(dtype, out.data(), wanted.data(), ranks.num_tokens() * hidden,
                    hidden);
@@ -124,7 +123,7 @@ EP_TEST(SumsManyChoices) {
 EP_TEST(RefusesMoreChoicesThanItHasRoomFor) {
   std::mt19937_64 rng(4);
   const StackedRanks ranks({.num_topk = 65, .capacity = 65}, Routing::kUniform, rng);
-  EP_CHECK_EQ(ReduceRows(Arguments(ranks, DType::kF32, 4), 1, nullptr),
+  EP_CHECK_EQ(cuda::ReduceRows(Arguments(ranks, DType::kF32, 4), 1, nullptr),
               cudaErrorInvalidValue);
 }
 

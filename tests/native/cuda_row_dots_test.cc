@@ -35,21 +35,20 @@ void CheckDots(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
   Output<float> wanted = dots;
   RowDotsArgs args = {.rows = peers.table(),
                       .dout = dout.at(0),
-                      .topk_idx = ranks.topk_idx.data(),
+                      .send_rank = ranks.send_rank.data(),
                       .send_row = ranks.send_row.data(),
                       .dots = dots.data(),
                       .num_ranks = ranks.geometry.num_ranks,
                       .num_tokens = ranks.geometry.num_tokens,
                       .num_topk = ranks.geometry.num_topk,
-                      .num_local_experts = ranks.geometry.num_local_experts,
                       .capacity = ranks.geometry.capacity,
                       .hidden = hidden,
                       .dtype = dtype};
-  if (!EP_CHECK_RAN(RowDots(args, num_ranks, nullptr))) return;
+  if (!EP_CHECK_RAN(cuda::RowDots(args, num_ranks, nullptr))) return;
   args.dots = wanted.data();
   for (std::int64_t rank = 0; rank < num_ranks; ++rank) {
     const RowDotsArgs own = args.OfStacked(rank);
-    RunShuffled(RowDotsWork(own), rng);
+    RunShuffled(cpu::RowDotsWork(own), rng);
   }
   CheckSameNumbers(DType::kF32, dots.data(), wanted.data(), ranks.num_choices(),
                    ranks.geometry.num_topk);

@@ -94,7 +94,7 @@ struct Pull {
 void CheckPull(Pull& pull, bool zero_tail, std::mt19937_64& rng) {
   const Case which(pull.geometry.Text() + " row_bytes=" + Show(pull.row_bytes));
   const GatherRowsArgs args = pull.Args(zero_tail);
-  RunShuffled(GatherRowsWork(args), rng);
+  RunShuffled(cpu::GatherRowsWork(args), rng);
   const std::vector<char> wanted = pull.Wanted(zero_tail);
   for (std::int64_t row = 0; row < pull.geometry.capacity; ++row) {
     const std::int64_t start = row * pull.row_bytes;
@@ -161,7 +161,7 @@ EP_TEST(EachRowIsWrittenByOneChunk) {
   const auto choices = RandomChoices(geometry, Routing::kDistinct, rng);
   Pull pull(geometry, choices, 0, kFourRowsPerChunk);
   const GatherRowsArgs args = pull.Args(true);
-  const Work work = GatherRowsWork(args);
+  const Work work = cpu::GatherRowsWork(args);
   EP_CHECK(work.num_chunks > 12);
   std::vector<int> writes(static_cast<std::size_t>(geometry.capacity));
   for (std::int64_t chunk = 0; chunk < work.num_chunks; ++chunk) {
@@ -185,7 +185,7 @@ EP_TEST(ChunksMayRunAtTheSameTime) {
     const auto choices = RandomChoices(geometry, Routing::kDistinct, rng);
     Pull pull(geometry, choices, i % 2, kFourRowsPerChunk);
     const GatherRowsArgs args = pull.Args(true);
-    RunAtOnce(GatherRowsWork(args));
+    RunAtOnce(cpu::GatherRowsWork(args));
     EP_CHECK(pull.rows == pull.Wanted(true));
   }
 }
@@ -242,7 +242,7 @@ void CheckScaled(DType dtype, std::int64_t hidden, std::mt19937_64& rng) {
                                .dtype = dtype,
                                .scaled = true,
                                .zero_tail = true};
-  RunShuffled(GatherRowsWork(args), rng);
+  RunShuffled(cpu::GatherRowsWork(args), rng);
   Numbers wanted(dtype, geometry.capacity * hidden);
   for (std::size_t e = 0; e < plan.recv_row.size(); ++e) {
     const std::int64_t choice = plan.recv_choice[e];

@@ -40,7 +40,7 @@ struct Gathering {
   }
 
   // Of rows of float32.
-  GatherRowsArgs Args(bool scaled, PlanFault* fault) {
+  GatherRowsArgs Args(bool scaled, cpu::PlanFault* fault) {
     return {.x = PeerTable(x_table.data()),
             .weights = PeerTable(weights_table.data()),
             .recv_choice = plan.recv_choice.data(),
@@ -63,10 +63,10 @@ struct Gathering {
   }
 
   // Returns the rows, of which none was touched before.
-  std::vector<char> Run(bool scaled, PlanFault* fault, std::mt19937_64& rng) {
+  std::vector<char> Run(bool scaled, cpu::PlanFault* fault, std::mt19937_64& rng) {
     std::ranges::fill(rows, kUntouched);
     const GatherRowsArgs args = Args(scaled, fault);
-    RunShuffled(GatherRowsWork(args), rng);
+    RunShuffled(cpu::GatherRowsWork(args), rng);
     return rows;
   }
 

@@ -1,5 +1,6 @@
 #include "meeting_calls.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -30,25 +31,41 @@ std::uint64_t Payload(const Call& call, std::int32_t rank) {
   return payload;
 }
 
-// What one rank's two numbers add to a sum.
-std::uint64_t Summand(std::uint64_t first, std::uint64_t second, std::int32_t rank) {
-  return first + second * static_cast<std::uint64_t>(rank + 3);
+// The numbers that a rank lends.
+std::vector<std::uint64_t> NumbersOf(const Call& call, std::int32_t rank) {
+  std::vector<std::uint64_t> numbers;
+  for (std::int64_t i = 0; i < call.num_lent; ++i) {
+    numbers.push_back(Payload(call, rank) ^ (static_cast<std::uint64_t>(i) << 56));
+  }
+  return numbers;
+}
+
+// What one of a rank's numbers adds to a sum.
+std::uint64_t Summand(std::uint64_t number, std::size_t i, std::int32_t rank) {
+  return number * (static_cast<std::uint64_t>(rank) * 2 + i + 1);
 }
 
 // The buffers of one call, which are gone when it has ended.
 struct Buffers {
   explicit Buffers(const Call& call)
-      : first(Payload(call, call.rank)),
-        second(~first),
+      : numbers(NumbersOf(call, call.rank)),
         num_ranks(call.num_ranks),
         sums(static_cast<std::size_t>(call.num_chunks)) {}
-  ~Buffers() { first = second = kPoison; }
+  ~Buffers() { std::ranges::fill(numbers, kPoison); }
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
-  std::uint64_t first;
-  std::uint64_t second;
-  PeerTables peers{};
+  std::vector<Lent> Lend() const {
+    std::vector<Lent> lent;
+    for (const std::uint64_t& number : numbers) lent.push_back({.data = &number});
+    return lent;
+  }
+
+  // The first half of the chunks, then the rest.
+  std::vector<Work> Works() const;
+
+  std::vector<std::uint64_t> numbers;
+  PeerTables peers;
   std::int32_t num_ranks;
   std::vector<std::uint64_t> sums;
 };
@@ -57,11 +74,24 @@ void AddUp(const void* args, std::int64_t chunk) {
   auto& buffers = *static_cast<Buffers*>(const_cast<void*>(args));
   std::uint64_t& sum = buffers.sums[static_cast<std::size_t>(chunk)];
   for (std::int32_t rank = 0; rank < buffers.num_ranks; ++rank) {
-    sum += Summand(*static_cast<const std::uint64_t*>(buffers.peers[0][rank]),
-                   *static_cast<const std::uint64_t*>(buffers.peers[1][rank]), rank);
+    for (std::size_t i = 0; i < buffers.peers.size(); ++i) {
+      sum +=
+          Summand(*static_cast<const std::uint64_t*>(buffers.peers[i][rank]), i, rank);
+    }
     // Lets others overtake, so that what ends too early is caught.
     if (chunk % 8 == 1) std::this_thread::yield();
   }
+}
+
+void AddUpFromTheMiddle(const void* args, std::int64_t chunk) {
+  const auto& buffers = *static_cast<const Buffers*>(args);
+  AddUp(args, static_cast<std::int64_t>(buffers.sums.size() / 2) + chunk);
+}
+
+std::vector<Work> Buffers::Works() const {
+  const auto all = static_cast<std::int64_t>(sums.size());
+  return {{.args = this, .run = AddUp, .num_chunks = all / 2},
+          {.args = this, .run = AddUpFromTheMiddle, .num_chunks = all - all / 2}};
 }
 
 }  // namespace
@@ -78,11 +108,11 @@ void Attend(MeetingPoint& point, const Call& call, const Schedule& schedule,
        .print = call.print,
        .rank = call.rank,
        .num_ranks = call.num_ranks,
-       .lent = {&buffers->first, &buffers->second},
+       .lent = buffers->Lend(),
        .make_work =
-           [buffers, call](const PeerTables& tables) {
+           [buffers](const PeerTables& tables) {
              buffers->peers = tables;
-             return Work{.args = buffers, .run = AddUp, .num_chunks = call.num_chunks};
+             return buffers->Works();
            },
        .done =
            [owner, ended, next = std::move(next)](const auto& failure) {
@@ -125,8 +155,10 @@ void CheckWorked(const Call& call, const Outcome& outcome) {
                    Show(call.num_ranks));
   std::uint64_t want = 0;
   for (std::int32_t rank = 0; rank < call.num_ranks; ++rank) {
-    const std::uint64_t payload = Payload(call, rank);
-    want += Summand(payload, ~payload, rank);
+    const std::vector<std::uint64_t> numbers = NumbersOf(call, rank);
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      want += Summand(numbers[i], i, rank);
+    }
   }
   EP_CHECK_EQ(outcome.failure.value_or(""), "");
   EP_CHECK_EQ(outcome.sums, std::vector<std::uint64_t>(

@@ -12,14 +12,15 @@
 
 namespace jax_ep {
 
-// One rank's call: it lends two numbers, and in each of its chunks adds up those of
-// all.
+// One rank's call: it lends some numbers, and in each of its chunks, which are those of
+// two works, adds up those of all.
 struct Call {
   MeetingKey key = {.run_id = 1, .call_site = 1, .group = 0};
-  CallPrint print = {.op = "dispatch", .dims = {64, 256}, .plan = 7};
+  CallPrint print = {.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 7};
   std::int32_t rank = 0;
   std::int32_t num_ranks = 1;
   std::int64_t turn = 0;  // how often it made this call before
+  std::int64_t num_lent = 2;
   std::int64_t num_chunks = 1;
 };
 

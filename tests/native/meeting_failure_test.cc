@@ -143,7 +143,7 @@ EP_TEST(ErrorSaysWhereTheMissingRankWaitsInstead) {
   point.SetTimeout(kLong);
   Call elsewhere = CallOf(1, 2);
   elsewhere.key.call_site = 2;
-  elsewhere.print = {.op = "combine", .dims = {96, 512}, .plan = 11};
+  elsewhere.print = {.op = "combine", .rows = 96, .row_bytes = 512, .plan = 11};
   const PendingCall other(point, elsewhere, AtOnce);
   point.SetTimeout(kShort);
   CheckFailed(Make(point, CallOf(0, 2)),
@@ -195,13 +195,13 @@ void CheckMismatch(const CallPrint& print, const std::string& described) {
 }
 
 EP_TEST(RanksThatCallDifferentThingsAllFail) {
-  CheckMismatch({.op = "combine", .dims = {64, 256}, .plan = 7},
+  CheckMismatch({.op = "combine", .rows = 64, .row_bytes = 256, .plan = 7},
                 "combine of [64 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {65, 256}, .plan = 7},
+  CheckMismatch({.op = "dispatch", .rows = 65, .row_bytes = 256, .plan = 7},
                 "dispatch of [65 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {64, 255}, .plan = 7},
+  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 255, .plan = 7},
                 "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .dims = {64, 256}, .plan = 4000000000},
+  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 4000000000},
                 "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
 }
 

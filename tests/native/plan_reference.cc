@@ -70,11 +70,12 @@ RankPlan EmptyPlan(const Geometry& geometry) {
   plan.expert_load.resize(static_cast<std::size_t>(geometry.num_experts()));
   plan.recv_counts.resize(static_cast<std::size_t>(geometry.num_ranks));
   plan.kept.resize(choices);
+  plan.send_rank.resize(choices, kDropped);
   plan.send_row.resize(choices, kDropped);
   return plan;
 }
 
-// Fills in what rank `dest` receives, and the send rows at the other ends.
+// Fills in what rank `dest` receives, and at the other ends where it has its rows.
 void Receive(const Geometry& geometry, const std::vector<Choice>& kept,
              std::int64_t dest, std::vector<RankPlan>& plans) {
   RankPlan& plan = plans[static_cast<std::size_t>(dest)];
@@ -99,8 +100,10 @@ void Receive(const Geometry& geometry, const std::vector<Choice>& kept,
     plan.recv_choice.push_back(static_cast<std::int32_t>(flat));
     plan.recv_row.push_back(row_of_choice);
     ++plan.recv_counts[static_cast<std::size_t>(source)];
-    plans[static_cast<std::size_t>(source)].send_row[own] = row_of_choice;
-    plans[static_cast<std::size_t>(source)].kept[own] = 1;
+    RankPlan& sender = plans[static_cast<std::size_t>(source)];
+    sender.send_rank[own] = static_cast<std::int32_t>(dest);
+    sender.send_row[own] = row_of_choice;
+    sender.kept[own] = 1;
   }
 }
 

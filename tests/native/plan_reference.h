@@ -53,6 +53,7 @@ struct RankPlan {
   std::vector<std::int32_t> expert_load;
   std::vector<std::int32_t> recv_counts;
   std::int32_t num_dropped = 0;
+  std::vector<std::int32_t> send_rank;
   std::vector<std::int32_t> send_row;
   std::vector<std::int32_t> recv_choice;
   std::vector<std::int32_t> recv_row;

@@ -45,11 +45,13 @@ class Plans {
     expert_load_.resize(Size(geometry.num_experts()));
     recv_counts_.resize(Size(geometry.num_ranks));
     num_dropped_.resize(Size(1));
+    send_rank_.resize(Size(choices()));
     send_row_.resize(Size(choices()));
     fingerprints_.resize(Size(1));
   }
 
-  void Run(const std::vector<std::int32_t>& topk_idx, const ParallelFor& parallel_for) {
+  void Run(const std::vector<std::int32_t>& topk_idx,
+           const cpu::ParallelFor& parallel_for) {
     // Each rank's choices in memory of their own, so that a read past them is caught.
     std::vector<std::vector<std::int32_t>> choices_of;
     std::vector<const void*> choice_table;
@@ -75,7 +77,7 @@ class Plans {
         .capacity = geometry_.capacity,
         .alignment = geometry_.alignment,
     };
-    RunPlan(args, parallel_for);
+    cpu::RunPlan(args, parallel_for);
   }
 
   RankPlan At(std::int64_t i) const {
@@ -86,6 +88,7 @@ class Plans {
         .expert_load = Slice(expert_load_.data(), i, geometry_.num_experts()),
         .recv_counts = Slice(recv_counts_.data(), i, geometry_.num_ranks),
         .num_dropped = num_dropped_[static_cast<std::size_t>(i)],
+        .send_rank = Slice(send_rank_.data(), i, choices()),
         .send_row = Slice(send_row_.data(), i, choices()),
         .recv_choice = Slice(recv_choice_.data(), i, geometry_.capacity),
         .recv_row = Slice(recv_row_.data(), i, geometry_.capacity),
@@ -107,6 +110,7 @@ class Plans {
         .expert_load = expert_load_.data() + i * geometry_.num_experts(),
         .recv_counts = recv_counts_.data() + i * geometry_.num_ranks,
         .num_dropped = num_dropped_.data() + i,
+        .send_rank = send_rank_.data() + i * choices(),
         .send_row = send_row_.data() + i * choices(),
         .recv_choice = recv_choice_.data() + i * geometry_.capacity,
         .recv_row = recv_row_.data() + i * geometry_.capacity,
@@ -130,6 +134,7 @@ class Plans {
   std::vector<std::int32_t> expert_load_;
   std::vector<std::int32_t> recv_counts_;
   std::vector<std::int32_t> num_dropped_;
+  std::vector<std::int32_t> send_rank_;
   std::vector<std::int32_t> send_row_;
   std::vector<std::int32_t> recv_choice_;
   std::vector<std::int32_t> recv_row_;
@@ -149,6 +154,7 @@ void CheckSame(const RankPlan& got, const RankPlan& want) {
   EP_CHECK_EQ(got.expert_load, want.expert_load);
   EP_CHECK_EQ(got.recv_counts, want.recv_counts);
   EP_CHECK_EQ(got.num_dropped, want.num_dropped);
+  EP_CHECK_EQ(got.send_rank, want.send_rank);
   EP_CHECK_EQ(got.send_row, want.send_row);
   EP_CHECK_EQ(got.recv_choice, want.recv_choice);
   EP_CHECK_EQ(got.recv_row, want.recv_row);

@@ -43,17 +43,16 @@ void CheckReduce(const TokenRows& tokens, DType dtype, bool weighted,
   out.Fill(7);
   const ReduceRowsArgs args = {.rows = PeerTable(tokens.table.data()),
                                .weights = weighted ? weights.data() : nullptr,
-                               .topk_idx = tokens.topk_idx.data(),
+                               .send_rank = tokens.send_rank.data(),
                                .send_row = tokens.send_row.data(),
                                .out = out.at(0),
                                .num_ranks = tokens.geometry.num_ranks,
                                .num_tokens = num_tokens,
                                .num_topk = tokens.geometry.num_topk,
-                               .num_local_experts = tokens.geometry.num_local_experts,
                                .capacity = tokens.geometry.capacity,
                                .hidden = tokens.hidden,
                                .dtype = dtype};
-  const Work work = ReduceRowsWork(args);
+  const Work work = cpu::ReduceRowsWork(args);
   if (weighted) {
     RunShuffled(work, rng);
   } else {

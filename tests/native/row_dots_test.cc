@@ -25,17 +25,16 @@ void CheckDots(const Geometry& geometry, DType dtype, std::int64_t hidden,
   std::vector<float> dots(tokens.send_row.size(), 7);
   const RowDotsArgs args = {.rows = PeerTable(tokens.table.data()),
                             .dout = dout.at(0),
-                            .topk_idx = tokens.topk_idx.data(),
+                            .send_rank = tokens.send_rank.data(),
                             .send_row = tokens.send_row.data(),
                             .dots = dots.data(),
                             .num_ranks = geometry.num_ranks,
                             .num_tokens = geometry.num_tokens,
                             .num_topk = geometry.num_topk,
-                            .num_local_experts = geometry.num_local_experts,
                             .capacity = geometry.capacity,
                             .hidden = hidden,
                             .dtype = dtype};
-  const Work work = RowDotsWork(args);
+  const Work work = cpu::RowDotsWork(args);
   if (rng() % 2 == 0) {
     RunShuffled(work, rng);
   } else {

@@ -13,7 +13,7 @@
 #include "check.h"
 #include "numbers.h"
 
-namespace jax_ep {
+namespace jax_ep::cpu {
 
 extern const RowMath kRowMathBaseline;
 #if defined(__x86_64__)
@@ -225,4 +225,4 @@ EP_TEST(DotSumsIn64Lanes) {
 }
 
 }  // namespace
-}  // namespace jax_ep
+}  // namespace jax_ep::cpu

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <string>
@@ -52,7 +53,7 @@ std::vector<char> Payload(const SpanCall& call, std::size_t buffer, std::int64_t
 // The buffers of one call, which are gone when it has ended.
 struct Buffers {
   Buffers(const SpanCall& own_call, std::size_t ranks)
-      : call(own_call), num_ranks(ranks) {
+      : call(own_call), num_ranks(ranks), lent(call.bytes.size()) {
     for (std::size_t i = 0; i < lent.size(); ++i) {
       const std::vector<char> payload = Payload(call, i, 0, call.bytes[i]);
       lent[i] = std::make_unique<char[]>(payload.size());
@@ -66,11 +67,19 @@ struct Buffers {
             call.bytes[buffer] * (chunk + 1) / call.num_chunks};
   }
 
+  std::vector<Lent> Lend() const {
+    std::vector<Lent> all;
+    for (std::size_t i = 0; i < lent.size(); ++i) {
+      all.push_back({.data = lent[i].get(), .shared_bytes = call.bytes[i]});
+    }
+    return all;
+  }
+
   SpanCall call;
   std::size_t num_ranks;
-  std::array<std::unique_ptr<char[]>, 2> lent;
-  std::array<void*, 2> places{};
-  PeerTables peers{};
+  std::vector<std::unique_ptr<char[]>> lent;
+  std::vector<void*> places;
+  PeerTables peers;
   std::atomic<std::int64_t> num_right{0};
   std::atomic<std::int64_t> num_wrong{0};
 };
@@ -164,13 +173,14 @@ PendingSpanCall::PendingSpanCall(MeetingPoint& point, std::shared_ptr<const Span
                 .print = call.print,
                 .rank = call.rank,
                 .num_ranks = static_cast<std::int32_t>(num_ranks),
-                .lent = {buffers->lent[0].get(), buffers->lent[1].get()},
+                .lent = buffers->Lend(),
                 .make_work =
                     [buffers](const PeerTables& tables) {
                       buffers->peers = tables;
-                      return Work{.args = buffers,
-                                  .run = LookAtAll,
-                                  .num_chunks = buffers->call.num_chunks};
+                      return std::vector<Work>{
+                          {.args = buffers,
+                           .run = LookAtAll,
+                           .num_chunks = buffers->call.num_chunks}};
                     },
                 .done =
                     [owner, state = state_](const auto& failure) {
@@ -184,16 +194,17 @@ PendingSpanCall::PendingSpanCall(MeetingPoint& point, std::shared_ptr<const Span
                     },
                 .schedule = schedule,
                 .span = std::move(span),
-                .lent_bytes = call.bytes,
                 .make_publication =
-                    [buffers](const std::array<void*, 2>& places) {
+                    [buffers](const std::vector<void*>& places) {
+                      EP_CHECK_EQ(places.size(), buffers->lent.size());
                       for (std::size_t i = 0; i < places.size(); ++i) {
                         EP_CHECK_EQ(places[i] != nullptr, buffers->call.bytes[i] > 0);
                       }
                       buffers->places = places;
-                      return Work{.args = buffers,
-                                  .run = CopyOut,
-                                  .num_chunks = buffers->call.num_chunks};
+                      return std::vector<Work>{
+                          {.args = buffers,
+                           .run = CopyOut,
+                           .num_chunks = buffers->call.num_chunks}};
                     }});
 }
 
@@ -210,7 +221,8 @@ bool CheckWorked(const SpanCall& call, std::size_t num_ranks,
                    Show(call.group) + " turn " + Show(call.turn) + " rank " +
                    Show(call.rank) + " of " + Show(num_ranks));
   const std::int64_t all =
-      static_cast<std::int64_t>(num_ranks) * (call.bytes[0] + call.bytes[1]);
+      static_cast<std::int64_t>(num_ranks) *
+      std::accumulate(call.bytes.begin(), call.bytes.end(), std::int64_t{0});
   const bool worked = EP_CHECK_EQ(outcome.failure.value_or(""), "");
   const bool all_right = EP_CHECK_EQ(outcome.num_right, all);
   return EP_CHECK_EQ(outcome.num_wrong, 0) && worked && all_right;

@@ -20,16 +20,16 @@
 
 namespace jax_ep {
 
-// One rank's call of an exchange that spans processes: it lends two buffers, whose
+// One rank's call of an exchange that spans processes: it lends buffers, whose
 // bytes say whose they are, and looks at every byte of everybody's.
 struct SpanCall {
   std::int64_t site = 1;
   std::int64_t run_id = 1;
   std::int32_t group = 0;
-  CallPrint print = {.op = "dispatch", .dims = {64, 256}, .plan = 7};
+  CallPrint print = {.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 7};
   std::int32_t rank = 0;
   std::int64_t turn = 0;  // how often it made this call before
-  std::array<std::int64_t, 2> bytes = {256, 64};
+  std::vector<std::int64_t> bytes = {256, 64};
   std::int64_t num_chunks = 2;
 };
 

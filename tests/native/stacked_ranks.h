@@ -19,15 +19,15 @@
 
 namespace jax_ep {
 
-// The choices and plans of all ranks, one behind the other. What no plan fills in is
+// The plans of all ranks, one behind the other. What no plan fills in is
 // far out of bounds.
 struct StackedRanks {
-  StackedRanks(const Geometry& g, Routing routing, std::mt19937_64& rng)
-      : geometry(g), topk_idx(RandomChoices(g, routing, rng)) {
+  StackedRanks(const Geometry& g, Routing routing, std::mt19937_64& rng) : geometry(g) {
     const auto append = [](std::vector<std::int32_t>& all, const auto& own) {
       all.insert(all.end(), own.begin(), own.end());
     };
-    for (const RankPlan& plan : ReferencePlans(g, topk_idx)) {
+    for (const RankPlan& plan : ReferencePlans(g, RandomChoices(g, routing, rng))) {
+      append(send_rank, plan.send_rank);
       append(send_row, plan.send_row);
       append(recv_counts, plan.recv_counts);
       append(group_sizes, plan.group_sizes);
@@ -53,7 +53,7 @@ struct StackedRanks {
     for (std::size_t choice = 0; choice < send_row.size(); ++choice) {
       if (send_row[choice] == kDropped) continue;
       row.FillRandomly(rng);
-      const std::int64_t rank = topk_idx[choice] / geometry.num_local_experts;
+      const std::int64_t rank = send_rank[choice];
       const std::int64_t start = (rank * geometry.capacity + send_row[choice]) * hidden;
       for (std::int64_t h = 0; h < hidden; ++h) rows.Set(start + h, row[h]);
     }
@@ -63,7 +63,7 @@ struct StackedRanks {
   static constexpr std::int32_t kOutOfBounds = 1 << 30;
 
   Geometry geometry;
-  std::vector<std::int32_t> topk_idx;
+  std::vector<std::int32_t> send_rank;
   std::vector<std::int32_t> send_row;
   std::vector<std::int32_t> recv_choice;
   std::vector<std::int32_t> recv_row;

@@ -19,11 +19,10 @@ struct TokenRows {
   TokenRows(const Geometry& g, Routing routing, DType dtype, std::int64_t size,
             std::mt19937_64& rng)
       : geometry(g), hidden(size) {
-    const auto choices = RandomChoices(geometry, routing, rng);
-    const std::int64_t own = rank * geometry.choices_per_rank();
-    topk_idx.assign(choices.begin() + own,
-                    choices.begin() + own + geometry.choices_per_rank());
-    send_row = ReferencePlans(geometry, choices)[rank].send_row;
+    const RankPlan plan =
+        ReferencePlans(geometry, RandomChoices(geometry, routing, rng))[rank];
+    send_rank = plan.send_rank;
+    send_row = plan.send_row;
     const auto num_ranks = static_cast<std::size_t>(geometry.num_ranks);
     rows.assign(num_ranks, Numbers(dtype, geometry.capacity * hidden));
     for (Numbers& numbers : rows) {
@@ -41,14 +40,14 @@ struct TokenRows {
   }
 
   std::size_t RankOf(std::size_t choice) const {
-    return static_cast<std::size_t>(topk_idx[choice] / geometry.num_local_experts);
+    return static_cast<std::size_t>(send_rank[choice]);
   }
   std::int64_t RowStart(std::size_t choice) const { return send_row[choice] * hidden; }
 
   static constexpr std::int64_t rank = 1;  // NOLINT(readability-identifier-naming)
   Geometry geometry;
   std::int64_t hidden;
-  std::vector<std::int32_t> topk_idx;
+  std::vector<std::int32_t> send_rank;
   std::vector<std::int32_t> send_row;
   std::vector<Numbers> rows;
   std::vector<const void*> table;

@@ -1,3 +1,5 @@
+// Implements call_site.h, and the call by which ranks of several processes agree on
+// one.
 #include "bind/cpu/call_site.h"
 
 #include <algorithm>
@@ -13,7 +15,8 @@
 #include <variant>
 #include <vector>
 
-#include "bind/cpu/exchange.h"
+#include "bind/cpu/meeting_call.h"
+#include "bind/handler_list.h"
 #include "fabric/processes/hash.h"
 
 namespace jax_ep {
@@ -100,17 +103,10 @@ FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id
   const Whereabouts& where = reader.where();
   FirstRun run;
   run.call = where.call;
-  run.kind = kHashSeed;
   run.group = group.id;
   run.run_id = run_id;
   if (reader.failed()) return run;
-  for (const char* c = where.call; *c != '\0'; ++c) {
-    run.kind = Mix(run.kind, static_cast<unsigned char>(*c));
-  }
-  for (const char* name : {"op", "num_ranks", "num_experts", "num_tokens", "num_topk",
-                           "capacity", "row_bytes"}) {
-    run.kind = Mix(run.kind, reader.Attribute(name));
-  }
+  run.kind = reader.Attribute("kind");
   run.rank = *where.rank;
   for (std::size_t rank = 0; rank < group.members.size(); ++rank) {
     run.process_of.push_back(group.ProcessOf(rank));
@@ -127,10 +123,13 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> NewCallSite() {
   return site;
 }
 
+std::int32_t* ReadSaid(CallReader& reader) {
+  return reader.Result<std::int32_t>("number", 1);
+}
+
 // What a device says when it runs a call for the first time: this call's number, for
 // all ranks to take that of the first one. -1 if they have agreed on it before or are
-// all in this process; -2 - n if others know it as number n. The operands are there so
-// that calls with different ones are different calls to XLA.
+// all in this process; -2 - n if others know it as number n.
 ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
                      ffi::RemainingArgs operands, ffi::RemainingRets results,
                      ffi::Dictionary attributes) {
@@ -138,7 +137,7 @@ ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
   ffi::Future future(promise);
   CallReader reader(operands, results, attributes);
   const Group group = FindGroup(reader, device);
-  auto* said = reader.Result<std::int32_t>("number", ffi::DataType::S32, 1);
+  auto* said = ReadSaid(reader);
   if (!reader.failed()) *said = -1;
   if (reader.failed() || !group.Spans(ProcessIndex()) || !site->IsNewTo(device)) {
     reader.failed() ? promise.SetError(reader.error()) : promise.SetAvailable();
@@ -174,3 +173,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_roll_call, jax_ep::RollCall,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attrs());
+
+EP_LIST_HANDLER(roll_call, jax_ep::ReadSaid, {"instantiate", "jax_ep_new_call_site"},
+                {"execute", "jax_ep_roll_call"})

@@ -1,3 +1,5 @@
+// One custom call of a compiled program, and the ranks that a device's rank exchanges
+// with there. For the fabrics of devices and of processes.
 #ifndef JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
 #define JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
 

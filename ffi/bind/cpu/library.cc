@@ -1,3 +1,5 @@
+// What there is once in a process (its meeting point, its board), and what Python asks
+// of the library besides the handlers.
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,7 +20,7 @@
 #include <vector>
 
 #include "bind/cpu/call_site.h"
-#include "bind/cpu/exchange.h"
+#include "bind/cpu/meeting_call.h"
 #include "cpu/row_math.h"
 #include "fabric/processes/host.h"
 #include "fabric/threads/meeting.h"
@@ -56,30 +58,6 @@ FirstRuns& ProcessFirstRuns() {
   return *runs;
 }
 
-SpanningCall ReadSpanningCall(CallReader& reader, bool pulls_rows) {
-  const std::int64_t num_ranks = reader.where().num_ranks;
-  const auto int32 = [&](const char* name, std::int64_t elements) {
-    return reader.Operand<std::int32_t>(name, ffi::DataType::S32, elements);
-  };
-  SpanningCall call = {.numbers = int32("numbers", num_ranks),
-                       .recv_row = nullptr,
-                       .recv_counts = nullptr};
-  if (!pulls_rows) return call;
-  call.recv_row = int32("recv_row", reader.Attribute("capacity"));
-  call.recv_counts = int32("recv_counts", num_ranks);
-  return call;
-}
-
-Schedule ScheduleOn(ffi::ThreadPool& pool) {
-  return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
-}
-
-ffi::Error BadPlan(const char* op, const PlanFault& fault) {
-  return ffi::Error::InvalidArgument(std::string("jax_ep ") + op +
-                                     ": plan must be as make_plan made it: its " +
-                                     fault.what());
-}
-
 void Complete(ffi::Promise promise, const std::optional<std::string>& failure) {
   if (failure) {
     promise.SetError({ffi::ErrorCode::kDeadlineExceeded, "jax_ep " + *failure});
@@ -101,7 +79,9 @@ const xla::ffi::TypeInfo* jax_ep_call_site_type_info() {
 
 int jax_ep_ffi_minor_version() { return XLA_FFI_API_MINOR; }
 
-const char* jax_ep_instruction_set() { return jax_ep::BestRowMath().instruction_set; }
+const char* jax_ep_instruction_set() {
+  return jax_ep::cpu::BestRowMath().instruction_set;
+}
 
 // Says which process of its job this is.
 void jax_ep_set_process(std::int32_t index) {
@@ -145,6 +125,8 @@ void jax_ep_end_at(std::uint32_t phase, std::int64_t skip, int signal) {
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   });
 }
+
+int jax_ep_log_calls(int enabled) { return enabled; }
 
 double jax_ep_wait_timeout() { return jax_ep::ProcessMeetingPoint().timeout().count(); }
 

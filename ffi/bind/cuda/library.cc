@@ -1,3 +1,4 @@
+// What Python asks of the library for GPUs besides the handlers.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -14,7 +15,7 @@ int jax_ep_ffi_minor_version() { return XLA_FFI_API_MINOR; }
 
 int jax_ep_cuda_version() { return CUDART_VERSION; }
 
-std::int64_t jax_ep_max_topk() { return jax_ep::kMaxTopk; }
+std::int64_t jax_ep_max_topk() { return jax_ep::cuda::kMaxTopk; }
 
 // Words of int32 that the plan's handler wants as its last result.
 std::int64_t jax_ep_plan_workspace(std::int64_t num_ranks, std::int64_t num_tokens,
@@ -24,7 +25,7 @@ std::int64_t jax_ep_plan_workspace(std::int64_t num_ranks, std::int64_t num_toke
   args.num_tokens = num_tokens;
   args.num_topk = num_topk;
   args.num_experts = num_experts;
-  return jax_ep::PlanWorkspace(args);
+  return jax_ep::cuda::PlanWorkspace(args);
 }
 
 }  // extern "C"

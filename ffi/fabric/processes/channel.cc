@@ -5,12 +5,10 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -23,6 +21,9 @@
 
 #include "fabric/processes/describe_words.h"
 #include "fabric/processes/futex.h"
+#include "fabric/processes/shared_print.h"
+#include "fabric/processes/window.h"
+#include "fabric/threads/describe.h"
 #include "fabric/threads/report.h"
 #include "fabric/work/cores.h"
 
@@ -32,8 +33,6 @@ namespace {
 // Longer than a process that runs takes to answer, shorter than waking one up.
 constexpr std::chrono::microseconds kSpin{30};
 
-constexpr std::size_t kAlignment = 64;
-
 void Pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -42,43 +41,9 @@ void Pause() {
 
 std::size_t HalfOf(Epoch epoch) { return epoch % 2; }
 
-std::size_t Aligned(std::int64_t bytes) {
-  return (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-}
-
-// Where the lent buffers of a process's ranks lie in a half: one rank after the other.
-struct HalfLayout {
-  explicit HalfLayout(const std::array<std::int64_t, 2>& lent)
-      : lent_bytes(lent), rank_bytes(Aligned(lent[0]) + Aligned(lent[1])) {}
-
-  std::size_t BytesOf(std::size_t num_ranks) const {
-    return std::max(num_ranks * rank_bytes, kAlignment);
-  }
-  // Null for what is not published.
-  template <typename Byte>
-  std::array<Byte*, 2> Places(Byte* half, std::size_t index) const {
-    Byte* first = half + index * rank_bytes;
-    return {lent_bytes[0] > 0 ? first : nullptr,
-            lent_bytes[1] > 0 ? first + Aligned(lent_bytes[0]) : nullptr};
-  }
-
-  std::array<std::int64_t, 2> lent_bytes;
-  std::size_t rank_bytes;
-};
-
 ExchangeName NameOf(const Meeting& meeting) {
   return {.site = meeting.span->site,
           .execution = meeting.key.run_id - meeting.span->first_run};
-}
-
-SharedPrint PrintOf(const Meeting& meeting) {
-  const CallPrint& print = meeting.print;
-  SharedPrint shared = {.op = {},
-                        .dims = print.dims,
-                        .lent_bytes = meeting.lent_bytes,
-                        .plan = print.plan};
-  std::strncpy(shared.op.data(), print.op, shared.op.size() - 1);
-  return shared;
 }
 
 bool Works(Phase phase) {
@@ -214,7 +179,7 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
               ", which leads, had named execution " + std::to_string(name.execution) +
               " of call " + std::to_string(name.site) + ", but " + Seconds(timeout_) +
               " later " + Ranks(here_) + " had come to " +
-              Describe(PrintOf(*waiting_.front())) + " instead";
+              Describe(waiting_.front()->print) + " instead";
     return nullptr;
   }
   if (stopping_) return nullptr;
@@ -251,7 +216,7 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
     if (failure) return failure;
   }
   Enter(Phase::kPublishing);
-  const HalfLayout layout(meeting.lent_bytes);
+  const HalfLayout layout(meeting.shared_bytes);
   const std::size_t half = HalfOf(epoch_);
   const std::size_t bytes = layout.BytesOf(meeting.num_expected);
   std::string problem;
@@ -261,21 +226,26 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
            " bytes: " + problem;
   }
   std::vector<Work> works;
+  std::vector<void*> places(meeting.shared_bytes.size());
+  std::size_t index = 0;
   for (const MakePublication& publication : meeting.publications) {
     if (publication == nullptr) continue;
-    const auto [first, second] = layout.Places(window, works.size());
-    works.push_back(publication({first, second}));
+    for (std::size_t lent = 0; lent < places.size(); ++lent) {
+      places[lent] = layout.Place(window, index, lent);
+    }
+    std::ranges::copy(publication(places), std::back_inserter(works));
+    ++index;
   }
   RunTogether(std::move(works), options_.schedule, options_.max_threads);
   ProcessWords& own = own_->words();
-  own.prints[half] = PrintOf(meeting);
+  own.prints[half] = Share(meeting.print, meeting.shared_bytes);
   own.published.store(epoch_, std::memory_order_release);
   Enter(Phase::kAwaiting);
   return std::nullopt;
 }
 
 Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
-  const SharedPrint print = PrintOf(meeting);
+  const SharedPrint print = Share(meeting.print, meeting.shared_bytes);
   for (const auto& neighbor : neighbors_) {
     Failure failure = Await(
         *neighbor,
@@ -286,9 +256,9 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
     if (failure) return failure;
     const SharedPrint theirs = neighbor->words().prints[HalfOf(epoch_)];
     if (theirs != print) {
-      return "in epoch " + std::to_string(epoch_) + " " + Ranks(here_) + " called " +
-             Describe(print) + " and " + Ranks(neighbor->process()) + " called " +
-             Describe(theirs) + DescribeSizes(print, theirs);
+      return "in epoch " + std::to_string(epoch_) + " " +
+             DescribeMismatch(CallerOf(Ranks(here_), print),
+                              CallerOf(Ranks(neighbor->process()), theirs));
     }
   }
   return std::nullopt;
@@ -296,7 +266,7 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
 
 // Tells the kernels where the other processes' ranks have their buffers.
 Channel::Failure Channel::FillTables(Meeting& meeting) {
-  const HalfLayout layout(meeting.lent_bytes);
+  const HalfLayout layout(meeting.shared_bytes);
   for (const auto& neighbor : neighbors_) {
     const auto num_ranks =
         static_cast<std::size_t>(std::ranges::count(process_of_, neighbor->process()));
@@ -310,9 +280,10 @@ Channel::Failure Channel::FillTables(Meeting& meeting) {
     std::size_t index = 0;
     for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
       if (process_of_[rank] != neighbor->process()) continue;
-      const auto places = layout.Places(window, index++);
-      for (std::size_t i = 0; i < places.size(); ++i)
-        meeting.tables[i][rank] = places[i];
+      for (std::size_t lent = 0; lent < meeting.shared_bytes.size(); ++lent) {
+        meeting.SetBuffer(lent, rank, layout.Place(window, index, lent));
+      }
+      ++index;
     }
   }
   return std::nullopt;

@@ -7,21 +7,6 @@
 
 namespace jax_ep {
 
-std::string Describe(const SharedPrint& print) {
-  return std::string(print.op.data()) + " of [" + std::to_string(print.dims[0]) +
-         " rows, " + std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
-         std::to_string(print.plan);
-}
-
-std::string DescribeSizes(const SharedPrint& one, const SharedPrint& other) {
-  if (one.lent_bytes == other.lent_bytes) return "";
-  const auto show = [](const SharedPrint& print) {
-    return std::string("[") + std::to_string(print.lent_bytes[0]) + ", " +
-           std::to_string(print.lent_bytes[1]) + "] bytes in the ";
-  };
-  return "; a rank publishes " + show(one) + "one and " + show(other) + "other";
-}
-
 const char* Doing(Phase phase) {
   switch (phase) {
     case Phase::kIdle:

@@ -9,11 +9,6 @@ namespace jax_ep {
 
 // The words of processes, for errors.
 
-std::string Describe(const SharedPrint& print);
-
-// What may be all that differs between two prints; empty if it does not.
-std::string DescribeSizes(const SharedPrint& one, const SharedPrint& other);
-
 // What a process in this phase is doing, after "process 1".
 const char* Doing(Phase phase);
 

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/threads/describe.h"
+
 namespace jax_ep {
 namespace {
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "fabric/processes/futex.h"
+#include "fabric/processes/shared_print.h"
 
 namespace jax_ep {
 
@@ -39,15 +40,6 @@ constexpr std::uint64_t Digest(const ExchangeName& name) {
   const auto execution = static_cast<std::uint64_t>(name.execution);
   return ((site << 40) + execution) * 0x9e3779b97f4a7c15ULL + 1;
 }
-
-// What the processes must agree on, in a form that they can share.
-struct SharedPrint {
-  std::array<char, 40> op;
-  std::array<std::int64_t, 2> dims;
-  std::array<std::int64_t, 2> lent_bytes;  // what is published of each lent buffer
-  std::uint32_t plan;
-  bool operator==(const SharedPrint&) const = default;
-};
 
 static_assert(std::atomic<Epoch>::is_always_lock_free);
 

@@ -1,9 +1,11 @@
+// Where the ranks of one process come together for an exchange, and what becomes of it.
+// Used by ffi/bind/cpu for every call, and by channels for those that span processes.
+
 #include "fabric/threads/meeting.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
 #include <iterator>
 #include <memory>
 #include <mutex>
@@ -12,40 +14,29 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/threads/describe.h"
 #include "fabric/threads/report.h"
 
 namespace jax_ep {
 namespace {
 
 // Failed meetings are remembered for ranks that come late. A rank that never comes
-// leaves one behind, so there is a limit to how many.
+// leaves one behind, of a few hundred bytes, so there is a limit to how many: more than
+// a program has calls in flight, and a few MB.
 constexpr std::size_t kMaxOpen = 4096;
-
-std::string Describe(const CallPrint& print) {
-  return std::string(print.op) + " of [" + std::to_string(print.dims[0]) + " rows, " +
-         std::to_string(print.dims[1]) + " bytes] with plan fingerprint " +
-         std::to_string(print.plan);
-}
 
 std::string GaveUp(std::size_t num_ranks, const std::string& why) {
   return " of " + std::to_string(num_ranks) + " gave up, because " + why;
 }
 
+Caller CallerOf(std::int32_t rank, const CallPrint& print,
+                const std::vector<std::int64_t>& shared_bytes) {
+  return {.who = "rank " + std::to_string(rank),
+          .print = print,
+          .lent = SumOf(shared_bytes)};
+}
+
 }  // namespace
-
-std::string RankList(const std::vector<std::int32_t>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank" : "ranks";
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
-  }
-  return text;
-}
-
-std::string Seconds(std::chrono::duration<double> duration) {
-  std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%.1f s", duration.count());
-  return text.data();
-}
 
 void TellAll(std::vector<Done> untold, const Schedule& schedule) {
   struct Untold {
@@ -73,24 +64,51 @@ void TellAll(std::vector<Done> untold, const Schedule& schedule) {
   }
 }
 
-bool CallPrint::operator==(const CallPrint& other) const {
-  return std::strcmp(op, other.op) == 0 && dims == other.dims && plan == other.plan;
-}
-
 Meeting::Meeting(const Attendance& first)
     : key(first.key),
       print(first.print),
       span(first.span),
-      lent_bytes(first.lent_bytes),
       first_rank(first.rank),
       present(static_cast<std::size_t>(first.num_ranks)),
-      works(present.size()),
-      publications(present.size()),
+      buffers(first.lent.size() * present.size()),
+      publications(span == nullptr ? 0 : present.size()),
       done(present.size()) {
-  for (auto& table : tables) table.resize(present.size());
+  shared_bytes.reserve(first.lent.size());
+  peers.reserve(first.lent.size());
+  for (const Lent& lent : first.lent) {
+    shared_bytes.push_back(lent.shared_bytes);
+    peers.push_back(buffers.data() + peers.size() * present.size());
+  }
   for (std::size_t rank = 0; rank < present.size(); ++rank) {
     if (IsExpected(rank)) ++num_expected;
   }
+  works.reserve(num_expected);
+}
+
+std::optional<std::string> Meeting::Mismatch(const Attendance& attendance) const {
+  const bool lends_alike = std::ranges::equal(attendance.lent, shared_bytes, {},
+                                              &Lent::shared_bytes);
+  if (print == attendance.print && lends_alike) return std::nullopt;
+  std::vector<std::int64_t> theirs;
+  for (const Lent& lent : attendance.lent) theirs.push_back(lent.shared_bytes);
+  return DescribeMismatch(CallerOf(first_rank, print, shared_bytes),
+                          CallerOf(attendance.rank, attendance.print, theirs));
+}
+
+void Meeting::NotePresent(const Attendance& attendance) {
+  const auto rank = static_cast<std::size_t>(attendance.rank);
+  present[rank] = true;
+  ++num_present;
+  done[rank] = attendance.done;
+}
+
+void Meeting::TakeWorks(const Attendance& attendance) {
+  const auto rank = static_cast<std::size_t>(attendance.rank);
+  for (std::size_t i = 0; i < attendance.lent.size(); ++i) {
+    SetBuffer(i, rank, attendance.lent[i].data);
+  }
+  std::ranges::copy(attendance.make_work(peers), std::back_inserter(works));
+  if (span) publications[rank] = attendance.make_publication;
 }
 
 std::vector<std::int32_t> Meeting::Missing() const {
@@ -125,15 +143,14 @@ std::chrono::duration<double> MeetingPoint::timeout() const {
 void MeetingPoint::Attend(const Attendance& attendance) {
   std::unique_lock lock(mutex_);
   const std::shared_ptr<Meeting> meeting = Join(attendance);
-  Register(attendance, *meeting);
+  meeting->NotePresent(attendance);
   std::vector<Notice> notices;
   if (meeting->failure) {
     notices = Fail(*meeting, *meeting->failure);
-  } else if (!(meeting->print == attendance.print)) {
-    notices = Fail(*meeting, "rank " + std::to_string(meeting->first_rank) +
-                                 " called " + Describe(meeting->print) + " and rank " +
-                                 std::to_string(attendance.rank) + " called " +
-                                 Describe(attendance.print));
+  } else if (const auto mismatch = meeting->Mismatch(attendance)) {
+    notices = Fail(*meeting, *mismatch);
+  } else {
+    meeting->TakeWorks(attendance);
   }
   const bool is_last = meeting->IsComplete();
   const bool failed = meeting->failure.has_value();
@@ -174,20 +191,6 @@ std::shared_ptr<Meeting> MeetingPoint::Join(const Attendance& attendance) {
     if (failed != open_.end()) open_.erase(failed);
   }
   return meeting;
-}
-
-void MeetingPoint::Register(const Attendance& attendance, Meeting& meeting) {
-  const auto rank = static_cast<std::size_t>(attendance.rank);
-  meeting.present[rank] = true;
-  ++meeting.num_present;
-  PeerTables tables;
-  for (std::size_t i = 0; i < tables.size(); ++i) {
-    meeting.tables[i][rank] = attendance.lent[i];
-    tables[i] = meeting.tables[i].data();
-  }
-  meeting.works[rank] = attendance.make_work(tables);
-  meeting.publications[rank] = attendance.make_publication;
-  meeting.done[rank] = attendance.done;
 }
 
 std::vector<MeetingPoint::Notice> MeetingPoint::Fail(Meeting& meeting,

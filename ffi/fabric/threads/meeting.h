@@ -1,7 +1,9 @@
+// Where the ranks of one process come together for an exchange, and what becomes of it.
+// Used by ffi/bind/cpu for every call, and by channels for those that span processes.
+
 #ifndef JAX_EP_FFI_FABRIC_THREADS_MEETING_H_
 #define JAX_EP_FFI_FABRIC_THREADS_MEETING_H_
 
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -16,90 +18,10 @@
 #include <vector>
 
 #include "common/work.h"
+#include "fabric/threads/attendance.h"
 #include "fabric/work/work_share.h"
 
 namespace jax_ep {
-
-// Which exchange a rank takes part in. Ranks whose devices run one program meet at the
-// same custom call of it, once per time that it runs.
-struct MeetingKey {
-  std::int64_t run_id;     // one execution of one program
-  std::int64_t call_site;  // one custom call in it
-  std::int32_t group;      // which of the groups along the mesh's other axes
-  bool operator==(const MeetingKey&) const = default;
-};
-
-// Of a lent buffer: rows, bytes of a row.
-using Dims = std::array<std::int64_t, 2>;
-
-// What all ranks of an exchange must agree on.
-struct CallPrint {
-  const char* op;
-  Dims dims;
-  std::uint32_t plan = 0;
-  bool operator==(const CallPrint& other) const;
-};
-
-// Buffers of one rank that its peers read until the exchange has ended.
-using Lent = std::array<const void*, 2>;
-
-// For each lent buffer, a table of all ranks' ones.
-using PeerTables = std::array<const void* const*, 2>;
-
-// Takes what went wrong, or nothing when the exchange is done.
-using Done = std::function<void(const std::optional<std::string>& failure)>;
-
-struct Meeting;
-
-// Takes an exchange on from where the ranks of this process have met.
-class Relay {
- public:
-  virtual ~Relay() = default;
-
-  // Called when all ranks of this process have come; sees to it that all are told.
-  virtual void Take(std::shared_ptr<Meeting> meeting) = 0;
-
-  // Called when they will not come, while the meeting point is locked.
-  virtual void Break(const std::string& why) = 0;
-};
-
-// Ranks in several processes that exchange with each other.
-struct Span {
-  std::vector<std::int32_t> process_of;  // by rank
-  std::int32_t here;                     // this process
-  std::int64_t site;                     // the call's, the same in all processes
-  std::int64_t first_run;                // the run in which they agreed on it
-  std::shared_ptr<Relay> relay;
-
-  bool IsHere(std::int64_t rank) const {
-    return process_of[static_cast<std::size_t>(rank)] == here;
-  }
-};
-
-// How a rank copies what it lends to where other processes can read it: its work, given
-// a place for each of its lent buffers.
-using MakePublication = std::function<Work(const std::array<void*, 2>& places)>;
-
-// One rank's part in an exchange.
-struct Attendance {
-  MeetingKey key;
-  CallPrint print;
-  std::int32_t rank;
-  std::int32_t num_ranks;
-  Lent lent;
-  // Makes this rank's work. The tables fill up while ranks arrive and must only be read
-  // when the work runs. What the work refers to must live until `done` is called.
-  std::function<Work(const PeerTables&)> make_work;
-  // Called once, from any thread. It may go on to run whatever the rank does next.
-  Done done;
-  // For helpers and for the peers' `done`; used only while Attend runs.
-  Schedule schedule;
-  // If there are peers in other processes: who, how much of each lent buffer they are
-  // to find, and how it gets there.
-  std::shared_ptr<const Span> span = nullptr;
-  std::array<std::int64_t, 2> lent_bytes = {};
-  MakePublication make_publication = nullptr;
-};
 
 // The ranks of this process in one exchange, coming together.
 struct Meeting {
@@ -109,6 +31,18 @@ struct Meeting {
     return span == nullptr || span->IsHere(static_cast<std::int64_t>(rank));
   }
   std::vector<std::int32_t> Missing() const;
+
+  // Returns how a rank's call differs from that of the first, if it does.
+  std::optional<std::string> Mismatch(const Attendance& attendance) const;
+
+  // Takes what a rank brings: that it is there, and, where it fits, its buffers and
+  // works.
+  void NotePresent(const Attendance& attendance);
+  void TakeWorks(const Attendance& attendance);
+
+  void SetBuffer(std::size_t lent, std::size_t rank, const void* data) {
+    buffers[lent * present.size() + rank] = data;
+  }
 
   // Takes out whom to tell, and what, when it has failed: all that came and have not
   // been told.
@@ -124,16 +58,17 @@ struct Meeting {
   MeetingKey key;
   CallPrint print;
   std::shared_ptr<const Span> span;
-  std::array<std::int64_t, 2> lent_bytes;
+  std::vector<std::int64_t> shared_bytes;  // of each lent buffer
   std::int32_t first_rank;
   std::chrono::steady_clock::time_point deadline;
   std::chrono::duration<double> timeout{};
   std::size_t num_present = 0;
   std::size_t num_expected = 0;
   std::vector<bool> present;
-  // The rest by rank too; empty for ranks of other processes.
-  std::array<std::vector<const void*>, 2> tables;
-  std::vector<Work> works;
+  std::vector<const void*> buffers;  // [lent buffers, ranks]
+  PeerTables peers;                  // the rows of `buffers`
+  std::vector<Work> works;           // of those that came
+  // By rank too; empty for ranks of other processes, the first one's if there are none.
   std::vector<MakePublication> publications;
   std::vector<Done> done;
   std::optional<std::string> failure;
@@ -151,10 +86,6 @@ inline constexpr std::chrono::duration<double> kDefaultWait{30};
 
 // The steady clock cannot hold every number of seconds; a year is as good as for ever.
 inline constexpr std::chrono::duration<double> kLongestWait{3.15e7};
-
-// For errors: "rank 1", "ranks 1, 2", "1.5 s".
-std::string RankList(const std::vector<std::int32_t>& ranks);
-std::string Seconds(std::chrono::duration<double> duration);
 
 // Where the device threads of one process meet. A rank that arrives leaves its buffers
 // and its work, and its thread goes on: a thread that waited here could be the one that
@@ -184,7 +115,6 @@ class MeetingPoint {
   using Notice = Meeting::Notice;
 
   std::shared_ptr<Meeting> Join(const Attendance& attendance);
-  void Register(const Attendance& attendance, Meeting& meeting);
   std::vector<Notice> Fail(Meeting& meeting, const std::string& failure);
   void Forget(const Meeting& meeting);
   std::string WhereIs(const Meeting& meeting, std::int32_t rank) const;

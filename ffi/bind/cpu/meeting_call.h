@@ -1,0 +1,101 @@
+// A call whose ranks meet, each on a device of its own: what the fabrics of devices and
+// of processes have in common.
+#ifndef JAX_EP_FFI_BIND_CPU_MEETING_CALL_H_
+#define JAX_EP_FFI_BIND_CPU_MEETING_CALL_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind/cpu/call_site.h"
+#include "bind/cpu/works.h"
+#include "bind/ops.h"
+#include "cpu/plan_fault.h"
+#include "fabric/threads/meeting.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+// Where the devices of this process meet.
+MeetingPoint& ProcessMeetingPoint();
+
+// Tells XLA that a call has ended.
+void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
+
+// What XLA tells a handler beside the call itself.
+struct Arrival {
+  CallSite* site;
+  ffi::RunId run;
+  std::int32_t device;
+  Group group;
+};
+
+// A call of one device that waits for the other devices' ones.
+template <typename Op>
+struct PendingCall {
+  typename Op::Call call;
+  cpu::PlanFault fault;
+  ffi::Promise promise;
+};
+
+// Only the rank that others expect to makes all plans.
+inline void SetMakesAll(PlanOp::Call& call, bool makes_all) {
+  call.makes_all = makes_all;
+}
+template <typename KernelArgs>
+void SetMakesAll(PlannedCall<KernelArgs>&, bool) {}
+
+inline std::uint32_t FingerprintOf(const PlanOp::Call&) { return 0; }
+template <typename KernelArgs>
+std::uint32_t FingerprintOf(const PlannedCall<KernelArgs>& call) {
+  return *call.plan.fingerprint;
+}
+
+// What a call's rank does at the meeting, with the other ranks of this process.
+template <typename Op>
+Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& pending,
+                        const Whereabouts& where, const Arrival& arrival) {
+  Attendance attendance = {
+      .key = {.run_id = arrival.run.run_id,
+              .call_site = arrival.site->number,
+              .group = arrival.group.number},
+      .print = {.op = where.call,
+                .rows = 0,
+                .row_bytes = 0,
+                .plan = FingerprintOf(pending->call)},
+      .rank = *where.rank,
+      .num_ranks = static_cast<std::int32_t>(where.num_ranks),
+      .lent = {},
+      .make_work =
+          [pending](const PeerTables& tables) {
+            const std::vector<PeerTable> peers(tables.begin(), tables.end());
+            Op::SetPeers(pending->call, peers);
+            return WorksOf(pending->call);
+          },
+      .done =
+          [pending, name = where.call](const auto& failure) {
+            // The peers only read what this rank lent: its plan's fault is its own.
+            if (!failure && pending->fault.what() != nullptr) {
+              pending->promise.SetError(BadPlan(name, pending->fault));
+            } else {
+              Complete(pending->promise, failure);
+            }
+          },
+      .schedule = nullptr,
+  };
+  for (const LentRows& lent : Op::LentBy(pending->call)) {
+    attendance.lent.push_back({.data = lent.data, .shared_bytes = lent.bytes()});
+    if (attendance.lent.size() == 1) attendance.print.rows = lent.num_rows;
+    attendance.print.row_bytes += lent.row_bytes;
+  }
+  SetMakesAll(pending->call, *where.rank == 0);
+  return attendance;
+}
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_BIND_CPU_MEETING_CALL_H_

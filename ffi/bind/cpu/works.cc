@@ -1,0 +1,64 @@
+// Implements works.h.
+#include "bind/cpu/works.h"
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/gather_rows.h"
+#include "cpu/plan.h"
+#include "cpu/reduce_rows.h"
+#include "cpu/row_dots.h"
+
+namespace jax_ep {
+namespace {
+
+using Body = std::function<void(std::int64_t)>;
+
+void MakePlansHere(const void* opaque, std::int64_t) {
+  const auto here = [](std::int64_t count, const Body& body) {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+  };
+  cpu::RunPlan(static_cast<const PlanOp::Call*>(opaque)->args, here);
+}
+
+template <typename KernelArgs, typename MakeWork>
+std::vector<Work> WorksOfAll(const PlannedCall<KernelArgs>& call, MakeWork make) {
+  std::vector<Work> works;
+  works.reserve(call.kernels.size());
+  for (const KernelArgs& args : call.kernels) works.push_back(make(args));
+  return works;
+}
+
+}  // namespace
+
+// Less than waking a helper costs: one rank's work makes all plans, on one thread.
+std::vector<Work> WorksOf(const PlanOp::Call& call) {
+  return {{.args = &call, .run = MakePlansHere, .num_chunks = call.makes_all ? 1 : 0}};
+}
+
+std::vector<Work> WorksOf(const PlannedCall<GatherRowsArgs>& call) {
+  return WorksOfAll(call, cpu::GatherRowsWork);
+}
+
+std::vector<Work> WorksOf(const PlannedCall<ReduceRowsArgs>& call) {
+  return WorksOfAll(call, cpu::ReduceRowsWork);
+}
+
+std::vector<Work> WorksOf(const PlannedCall<RowDotsArgs>& call) {
+  return WorksOfAll(call, cpu::RowDotsWork);
+}
+
+ffi::Error BadPlan(const char* call, const cpu::PlanFault& fault) {
+  return ffi::Error::InvalidArgument(std::string("jax_ep ") + call +
+                                     ": plan must be as make_plan made it: its " +
+                                     fault.what());
+}
+
+Schedule ScheduleOn(ffi::ThreadPool& pool) {
+  return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
+}
+
+}  // namespace jax_ep

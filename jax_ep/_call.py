@@ -1,0 +1,63 @@
+"""One exchange, as what carries it is told of it when a program is lowered."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_ep._axes import Place
+from jax_ep._layout import Layout
+from jax_ep._ops import Op
+from jax_ep._plan import PlanArrays
+from jax_ep._types import Binding, LoweredBinding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What is known of an exchange before any value is.
+
+    Attributes:
+      op: what it does.
+      layout: the plan's static geometry.
+      binding: how the plan's axis is bound.
+      name: the public function that wants it, for errors.
+      platform: where the program is to run, by JAX's name of the devices; None if not known.
+      devices: those of its ranks, [groups, ranks]; None where ranks are all of this process, or
+        where not even the program knows.
+    """
+
+    op: Op
+    layout: Layout
+    binding: Binding | LoweredBinding
+    name: str
+    platform: str | None
+    devices: np.ndarray | None = None
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether its ranks are on several devices."""
+        return self.binding == "mesh" and self.layout.num_ranks > 1
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The indices of the processes that its devices are in, ascending; none if unknown."""
+        if self.devices is None:
+            return ()
+        return tuple(sorted({device.process_index for device in self.devices.flat}))
+
+
+class Operands(NamedTuple):
+    """The values that an exchange is given."""
+
+    where: Place
+    plan: PlanArrays | None
+    payloads: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, op: Op, operands: Sequence[Any]) -> "Operands":
+        """Parts the operands of an op: the place, the plan if it takes one, and its payloads."""
+        num_places = len(Place._fields)
+        num_fixed = num_places + len(PlanArrays._fields) * op.takes_plan
+        plan = PlanArrays(*operands[num_places:num_fixed]) if op.takes_plan else None
+        return cls(Place(*operands[:num_places]), plan, tuple(operands[num_fixed:]))

@@ -1,0 +1,214 @@
+"""The fabrics: who carries native exchanges, one row each.
+
+A fabric brings the ranks of an exchange together and lends their buffers to each other; the same
+kernels run on all of them. The table is in the order of choice: the first that does not refuse an
+exchange carries it. To add one is to add a row here, and the file in ``ffi/bind`` that defines its
+handlers, one for each op; the library tells Python of them by itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jax_ep import _processes
+from jax_ep._axes import Place
+from jax_ep._call import Call, Operands
+from jax_ep._compat import result_type
+from jax_ep._library import describe_handlers, library, library_problem
+from jax_ep._ops import OPS, PLAN, Op
+from jax_ep._plan import PlanArrays
+from jax_ep._processes import Refusal
+from jax_ep._types import Platform
+
+GEOMETRY = ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity")
+"""What every handler is told of the exchange: attributes by the names of ``Layout``."""
+
+
+class Additions(NamedTuple):
+    """What a fabric's handlers take and return beside what the op does, by the names in its row."""
+
+    operands: Sequence[Any] = ()
+    results: Sequence[Any] = ()
+    attributes: Sequence[Any] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fabric:
+    """One fabric.
+
+    Attributes:
+      name: with which the names of its handlers end.
+      platform: whose devices it serves.
+      serves: what, in words, for users.
+      refuses: says why it does not serve an exchange, or None, by what is known of it; it waits for
+        nobody, and is asked first.
+      join: brings the processes together that the exchange needs, and waits for them; says why they
+        cannot exchange, or None.
+      adds: what its handlers take and return beside what the op does.
+      operands: their names; they stand between the place and the plan.
+      results: likewise, by op; they stand last.
+      attributes: likewise.
+    """
+
+    name: str
+    platform: Platform
+    serves: str
+    refuses: Callable[[Call], str | None]
+    join: Callable[[Call], Refusal | None] = lambda _: None
+    adds: Callable[[Call, Operands], Additions] = lambda *_: Additions()
+    operands: tuple[str, ...] = ()
+    results: Callable[[Op], tuple[str, ...]] = lambda _: ()
+    attributes: tuple[str, ...] = ()
+
+    def target(self, op: Op) -> str:
+        """Returns the name of an op's handler, as XLA knows it."""
+        return f"jax_ep_{op.name}_{self.name}"
+
+    def signature(self, op: Op) -> dict[str, list[str]]:
+        """Returns what the library should say of an op's handler."""
+        plan = PlanArrays._fields if op.takes_plan else ()
+        return {
+            "operands": [*Place._fields, *self.operands, *plan, *op.payloads],
+            "results": [*op.results, *self.results(op)],
+            "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes]),
+        }
+
+
+def choose(call: Call, *, join: bool) -> Fabric | Refusal:
+    """Returns the fabric that carries an exchange, or why none does.
+
+    Args:
+      call: the exchange.
+      join: whether to bring the processes together that it needs, and wait for them.
+
+    Raises:
+      TimeoutError: another process did not come in time.
+    """
+    if (problem := platform_problem(call.platform)) is not None:
+        return Refusal(problem)
+    reasons = []
+    for fabric in fabrics_for(call.platform):
+        reason = fabric.refuses(call)
+        refusal = Refusal(reason) if reason else fabric.join(call) if join else None
+        if refusal is None:
+            return fabric
+        if not refusal.is_expected:
+            return refusal
+        reasons.append(f"{fabric.name}: {refusal.reason}")
+    return Refusal("; ".join(reasons))
+
+
+def fabrics_for(platform: str | None) -> list[Fabric]:
+    """Returns a platform's fabrics, in the order of choice."""
+    return [fabric for fabric in FABRICS if fabric.platform == platform]
+
+
+def platform_problem(platform: str | None) -> str | None:
+    """Returns why there is no native code for a platform, or None."""
+    if not (rows := fabrics_for(platform)):
+        there = " and ".join(dict.fromkeys(fabric.platform for fabric in FABRICS))
+        return f"there is native code for {there}, and this is for {platform or 'another platform'}"
+    name = rows[0].platform
+    return library_problem(name) or _mismatch(name)
+
+
+@functools.cache
+def _mismatch(platform: Platform) -> str | None:
+    """Returns how a library's handlers differ from what calls will pass them, or None."""
+    described = describe_handlers(platform)
+    for fabric in fabrics_for(platform):
+        for op in OPS:
+            handler = described.get(fabric.target(op), {})
+            for part, names in fabric.signature(op).items():
+                if handler.get(part) != names:
+                    return (
+                        f"the native library was built from other sources than jax_ep's modules: "
+                        f"the {part} of {fabric.target(op)} should be {names}; got "
+                        f"{handler.get(part)}"
+                    )
+    return None
+
+
+def _refuses_several_devices(call: Call) -> str | None:
+    if not call.spans_devices:
+        return None
+    devices = "GPUs" if call.platform == "gpu" else "devices"
+    return f"it serves ranks that are all on one, and these are {call.layout.num_ranks} {devices}"
+
+
+def _refuses_on_gpu(call: Call) -> str | None:
+    most, num_topk = library("gpu").jax_ep_max_topk(), call.layout.num_topk
+    if num_topk > most:
+        return f"it has room for {most} choices per token, and these are {num_topk}"
+    return _refuses_several_devices(call)
+
+
+def _refuses_several_processes(call: Call) -> str | None:
+    if (count := len(call.processes)) > 1:
+        return f"it serves devices of one process, and these are in {count}"
+    return None
+
+
+def _refuses_one_process(call: Call) -> str | None:
+    if len(call.processes) < 2:
+        return "it serves devices of several processes, and these are in one"
+    return None
+
+
+def _add_workspace(call: Call, operands: Operands) -> Additions:
+    if call.op is not PLAN:
+        return Additions()
+    layout = call.layout
+    geometry = (layout.num_ranks, layout.num_tokens, layout.num_topk, layout.num_experts)
+    words = library("gpu").jax_ep_plan_workspace(*geometry)
+    return Additions(results=[result_type((words,), jnp.int32, operands.payloads[0])])
+
+
+def _add_members(call: Call, _: Operands) -> Additions:
+    return Additions(attributes=[_processes.members(call.devices)])
+
+
+def _add_agreement(call: Call, operands: Operands) -> Additions:
+    members = _processes.members(call.devices)
+    kind = _processes.kind(call, operands)
+    numbers = _processes.agree(call, operands, members, kind)
+    return Additions(operands=[numbers], attributes=[members, kind])
+
+
+FABRICS: tuple[Fabric, ...] = (
+    Fabric(
+        name="stacked",
+        platform="cpu",
+        serves="one rank, and the ranks of a vmap axis, on one CPU device",
+        refuses=_refuses_several_devices,
+    ),
+    Fabric(
+        name="devices",
+        platform="cpu",
+        serves="ranks on the CPU devices of one process",
+        refuses=_refuses_several_processes,
+        adds=_add_members,
+        attributes=("members",),
+    ),
+    Fabric(
+        name="processes",
+        platform="cpu",
+        serves="ranks on the CPU devices of several processes of one host",
+        refuses=_refuses_one_process,
+        join=lambda call: _processes.join(call.processes),
+        adds=_add_agreement,
+        operands=("numbers",),
+        attributes=("members", "kind"),
+    ),
+    Fabric(
+        name="stacked",
+        platform="gpu",
+        serves="one rank, and the ranks of a vmap axis, on one GPU",
+        refuses=_refuses_on_gpu,
+        adds=_add_workspace,
+        results=lambda op: ("workspace",) if op is PLAN else (),
+    ),
+)
