@@ -1,10 +1,10 @@
 """``dispatch``: tokens out to the ranks of their experts."""
 
 import math
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Num, PyTree
 
 from jax_ep._axes import check_use
 from jax_ep._checks import check_leading_axis
@@ -12,11 +12,10 @@ from jax_ep._exchange import exchange
 from jax_ep._ops import GATHER_ROWS
 from jax_ep._plan import Plan
 
-Tokens = TypeVar("Tokens")
-"""An array, or a pytree of arrays."""
 
-
-def dispatch(x: Tokens, plan: Plan) -> Tokens:
+def dispatch(
+    x: PyTree[Num[Array, "num_tokens ..."]], plan: Plan
+) -> PyTree[Num[Array, "capacity ..."]]:
     """Sends each token to the ranks of its experts, grouped there by local expert.
 
     Row ``i`` of the result is a bit copy of the token of the choice that the plan put there; rows

@@ -76,9 +76,12 @@ def _impl(*operands: Any, layout: Layout, **params: Any) -> list[jax.Array]:
 
 
 def _abstract_eval(*operands: Any, op: Op, layout: Layout, **_: Any) -> list[Any]:
-    where, _, payloads = Operands.of(op, operands)
-    types = op.result_types(layout, payloads)
-    return [result_type(where.rank.shape + shape, dtype, payloads[0]) for shape, dtype in types]
+    given = Operands.of(op, operands)
+    stack, like = given.where.rank.shape, given.payloads[0]
+    return [
+        result_type(stack + shape, dtype, like)
+        for shape, dtype in op.result_types(layout, given.payloads)
+    ]
 
 
 def _batch(

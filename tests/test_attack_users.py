@@ -21,7 +21,7 @@ from attacks import SHAPE, Numbers, R, forward_and_back, make_plan, same
 from implementations import ONE, SHARD_MAP, VMAP, Row, require
 
 import jax_ep
-from jax_ep import _make_plan, _native
+from jax_ep import _native
 
 OPS = ("plan", "gather_rows", "reduce_rows", "row_dots")
 
@@ -275,8 +275,7 @@ def test_an_error_names_the_call_and_its_gradient(gradient, named: str) -> None:
 def test_what_runs_where_the_default_backend_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The devices of a program decide, not what JAX would take without being asked."""
     require("native")
-    for module in (_make_plan, _native):
-        monkeypatch.setattr(module, "trace_platform", lambda: "tpu")
+    monkeypatch.setattr(_native, "trace_platform", lambda: "tpu")
     topk_idx, x = np.zeros((6, 2), np.int32), np.ones((6, 3), np.float32)
 
     def layer(topk_idx: jax.Array, x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from implementations import AXIS
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
-from jax_ep import _make_plan, _native
+from jax_ep import _fabrics, _native
 
 T, K, E, H, C, WORKSPACE = 6, 2, 8, 16, 20, 123
 
@@ -31,10 +31,10 @@ class Library:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_native, _make_plan):
-        monkeypatch.setattr(module, "trace_platform", lambda: "gpu")
-    monkeypatch.setattr(_native, "library", lambda _: Library)
-    monkeypatch.setattr(_native, "library_problem", lambda _: None)
+    monkeypatch.setattr(_native, "trace_platform", lambda: "gpu")
+    monkeypatch.setattr(_fabrics, "library", lambda _: Library)
+    monkeypatch.setattr(_fabrics, "platform_problem", lambda _: None)
+    monkeypatch.setattr(_native, "platform_problem", lambda _: None)
     monkeypatch.setattr(_native, "register_handlers", lambda _: None)
 
 
@@ -62,7 +62,7 @@ def names(lines: list[str]) -> list[str]:
     return [re.findall(r"@(\w+)", line)[0] for line in lines]
 
 
-FORWARD = ["jax_ep_plan_stacked", "jax_ep_gather_rows_stacked", "jax_ep_reduce_rows_stacked"]
+FORWARD = ["jax_ep_plan_stacked", "jax_ep_gather_rows_stacked", "jax_ep_reduce_scaled_stacked"]
 
 
 @pytest.mark.parametrize("axis", [AXIS, None], ids=["vmap", "one"])
@@ -87,8 +87,10 @@ def test_backward() -> None:
 
     found = names(calls(jax.grad(loss, (0, 2)), *operands(4)))
     assert found.count("jax_ep_plan_stacked") == 1
-    assert found.count("jax_ep_gather_rows_stacked") == 2
-    assert found.count("jax_ep_reduce_rows_stacked") == 2
+    assert found.count("jax_ep_gather_rows_stacked") == 1
+    assert found.count("jax_ep_gather_scaled_stacked") == 1
+    assert found.count("jax_ep_reduce_scaled_stacked") == 1
+    assert found.count("jax_ep_reduce_rows_stacked") == 1
     assert found.count("jax_ep_row_dots_stacked") == 1
 
 

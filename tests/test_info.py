@@ -12,7 +12,7 @@ import pytest
 from implementations import require
 
 import jax_ep
-from jax_ep import _info, _library, _native
+from jax_ep import _fabrics, _info, _library
 from jax_ep.testing import multiprocess
 
 
@@ -49,15 +49,15 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_native_serves_where_it_is_built() -> None:
     require("native")
     lines = _lines()
-    assert lines["native"].startswith("serves the CPU devices of one host")
-    assert lines["None"] == "takes native"
+    _check_that_native_serves(lines)
+    assert lines["None"] == "takes native where it serves"
     assert lines["path"] == str(_library.library_path("cpu"))
     assert lines["ffi_version"].startswith("0.")
     assert lines["instruction_set"]
 
 
 def test_native_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "library_problem", lambda _: "the needle")
+    monkeypatch.setattr(_fabrics, "library_problem", lambda _: "the needle")
     lines = _lines()
     assert lines["native"] == "does not serve: the needle"
     assert lines["None"] == "takes xla"
@@ -74,7 +74,14 @@ def _check_in_two_processes() -> None:
     lines = _lines()
     assert lines["in all processes"] == "6 x cpu: cpu"
     assert lines["in this process"] == f"3 (process {jax.process_index()} of 2)"
-    assert lines["native"].startswith("serves the CPU devices of one host")
+    _check_that_native_serves(lines)
+
+
+def _check_that_native_serves(lines: dict[str, str]) -> None:
+    assert lines["native"] == "serves, in this order:"
+    for fabric in _fabrics.FABRICS:
+        if fabric.platform == "cpu":
+            assert lines[fabric.name] == fabric.serves
 
 
 def _lines() -> dict[str, str]:

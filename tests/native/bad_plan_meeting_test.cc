@@ -58,22 +58,23 @@ void Meet(MeetingPoint& point, Ranks& ranks, const Schedule& schedule) {
   OnThreads(kRanks, [&](std::int64_t i) {
     Rank& rank = *ranks[static_cast<std::size_t>(i)];
     const auto own = static_cast<std::size_t>(i);
-    point.Attend({.key = {.run_id = 1, .call_site = 1, .group = 0},
-                  .print = {.op = "dispatch", .rows = 40, .row_bytes = kRowBytes, .plan = 7},
-                  .rank = static_cast<std::int32_t>(i),
-                  .num_ranks = kRanks,
-                  .lent = {{.data = rank.gathering.x[own].data()}},
-                  .make_work =
-                      [&](const PeerTables& tables) {
-                        rank.args.x = PeerTable(tables[0]);
-                        return std::vector<Work>{cpu::GatherRowsWork(rank.args)};
-                      },
-                  .done =
-                      [&](const auto& failure) {
-                        rank.failure = failure;
-                        told.count_down();
-                      },
-                  .schedule = schedule});
+    point.Attend(
+        {.key = {.run_id = 1, .call_site = 1, .group = 0},
+         .print = {.op = "dispatch", .rows = 40, .row_bytes = kRowBytes, .plan = 7},
+         .rank = static_cast<std::int32_t>(i),
+         .num_ranks = kRanks,
+         .lent = {{.data = rank.gathering.x[own].data()}},
+         .make_work =
+             [&](const PeerTables& tables) {
+               rank.args.x = PeerTable(tables[0]);
+               return std::vector<Work>{cpu::GatherRowsWork(rank.args)};
+             },
+         .done =
+             [&](const auto& failure) {
+               rank.failure = failure;
+               told.count_down();
+             },
+         .schedule = schedule});
   });
   told.wait();
 }

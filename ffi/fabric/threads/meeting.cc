@@ -86,8 +86,8 @@ Meeting::Meeting(const Attendance& first)
 }
 
 std::optional<std::string> Meeting::Mismatch(const Attendance& attendance) const {
-  const bool lends_alike = std::ranges::equal(attendance.lent, shared_bytes, {},
-                                              &Lent::shared_bytes);
+  const bool lends_alike =
+      std::ranges::equal(attendance.lent, shared_bytes, {}, &Lent::shared_bytes);
   if (print == attendance.print && lends_alike) return std::nullopt;
   std::vector<std::int64_t> theirs;
   for (const Lent& lent : attendance.lent) theirs.push_back(lent.shared_bytes);
