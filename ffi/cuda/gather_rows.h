@@ -9,12 +9,10 @@
 
 namespace jax_ep::cuda {
 
-// Fills the rows of `num_stacked` ranks, of which these are the first one's arguments:
-// with plain copies of their tokens, or with scaled ones.
-cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
-                     cudaStream_t stream);
-cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
-                      cudaStream_t stream);
+// Fills the rows of `num_stacked` ranks, of which these are the first one's arguments,
+// with plain copies of their tokens.
+cudaError_t GatherRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                       cudaStream_t stream);
 
 }  // namespace jax_ep::cuda
 

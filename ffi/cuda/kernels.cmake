@@ -1,6 +1,7 @@
 # The kernels and what launches them, for a GPU or an emulated one.
 set(cuda_kernels
-  copy_rows.cu
+  gather_rows.cu
+  gather_scaled.cu
   plan.cu
   plan_count_asked.cu
   plan_count_kept.cu
@@ -8,6 +9,5 @@ set(cuda_kernels
   plan_lay_out.cu
   plan_place.cu
   reduce_rows.cu
-  row_dots.cu
-  scale_rows.cu)
+  row_dots.cu)
 list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

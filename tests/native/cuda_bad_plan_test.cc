@@ -9,6 +9,7 @@
 #include "bad_plan.h"
 #include "check.h"
 #include "cuda/gather_rows.h"
+#include "cuda/gather_scaled.h"
 #include "cuda/reduce_rows.h"
 #include "cuda/row_dots.h"
 #include "cuda_launches.h"
@@ -85,8 +86,8 @@ struct Exchange {
                                  .dtype = DType::kF32,
                                  .scaled = scaled,
                                  .zero_tail = true};
-    EP_CHECK_RAN(
-        (scaled ? cuda::ScaleRows : cuda::CopyRows)(args, geometry.num_ranks, nullptr));
+    EP_CHECK_RAN((scaled ? cuda::GatherScaled : cuda::GatherRows)(
+        args, geometry.num_ranks, nullptr));
     return result;
   }
 

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cpu/gather_rows.h"
 #include "cuda/gather_rows.h"
+#include "cuda/gather_scaled.h"
 #include "cuda_launches.h"
 #include "numbers.h"
 #include "plan_reference.h"
@@ -65,7 +66,7 @@ void CheckCopies(const StackedRanks& ranks, std::int64_t row_bytes, bool zero_ta
   args.x = peers.table();
   args.row_bytes = row_bytes;
   args.rows = rows.data();
-  if (!EP_CHECK_RAN(cuda::CopyRows(args, ranks.geometry.num_ranks, nullptr))) return;
+  if (!EP_CHECK_RAN(cuda::GatherRows(args, ranks.geometry.num_ranks, nullptr))) return;
   GatherOnCpu(args, wanted, rng);
   for (std::int64_t row = 0; row < ranks.num_rows() && row_bytes > 0; ++row) {
     const char* got = rows.data() + row * row_bytes;
@@ -104,7 +105,7 @@ void CheckScaled(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
   args.row_bytes = row_bytes;
   args.dtype = dtype;
   args.scaled = true;
-  if (!EP_CHECK_RAN(cuda::ScaleRows(args, num_ranks, nullptr))) return;
+  if (!EP_CHECK_RAN(cuda::GatherScaled(args, num_ranks, nullptr))) return;
   GatherOnCpu(args, wanted, rng);
   CheckSameNumbers(dtype, rows.data(), wanted.data(), ranks.num_rows() * hidden,
                    hidden);

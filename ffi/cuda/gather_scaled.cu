@@ -2,7 +2,7 @@
 
 #include "cuda/device.h"
 #include "cuda/elements.h"
-#include "cuda/gather_rows.h"
+#include "cuda/gather_scaled.h"
 #include "cuda/received.h"
 
 namespace jax_ep::cuda {
@@ -34,8 +34,10 @@ __device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
   }
 }
 
+// A warp per entry of the receive list at a time.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1) ScaleRowsKernel(GatherRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1)
+    GatherScaledKernel(GatherRowsArgs first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
   for (std::int64_t entry = WarpOfRank(); entry < received.entries;
@@ -48,11 +50,11 @@ __global__ void __launch_bounds__(kThreads, 1) ScaleRowsKernel(GatherRowsArgs fi
 
 }  // namespace
 
-cudaError_t ScaleRows(const GatherRowsArgs& args, std::int64_t num_stacked,
-                      cudaStream_t stream) {
+cudaError_t GatherScaled(const GatherRowsArgs& args, std::int64_t num_stacked,
+                         cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
-    return LaunchStacked(ScaleRowsKernel<decltype(e), count()>, args, num_stacked,
+    return LaunchStacked(GatherScaledKernel<decltype(e), count()>, args, num_stacked,
                          args.capacity, kWarps, kThreads, stream);
   });
 }

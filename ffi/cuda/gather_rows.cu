@@ -41,10 +41,10 @@ __device__ void CopyToken(const GatherRowsArgs& args, std::int32_t token,
   }
 }
 
-// A rank's warps share the receive list; each takes the
-// entries that are the first of their token, with those of the same token behind them.
+// A rank's warps share the receive list. Each takes entries that are the first of their
+// token, with those of the same token behind them.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1) GatherRowsKernel(GatherRowsArgs first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
   for (std::int64_t entry = WarpOfRank(); entry < received.entries;
@@ -61,18 +61,18 @@ __global__ void __launch_bounds__(kThreads, 1) CopyRowsKernel(GatherRowsArgs fir
 
 }  // namespace
 
-cudaError_t CopyRows(const GatherRowsArgs& args, std::int64_t num_stacked,
-                     cudaStream_t stream) {
+cudaError_t GatherRows(const GatherRowsArgs& args, std::int64_t num_stacked,
+                       cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
   const auto launch = [&](auto kernel) {
     return LaunchStacked(kernel, args, num_stacked, args.capacity, kWarps, kThreads,
                          stream);
   };
   // XLA aligns its buffers, so that the rows decide which units they consist of.
-  if (AreAligned(16, args.row_bytes)) return launch(CopyRowsKernel<uint4>);
-  if (AreAligned(4, args.row_bytes)) return launch(CopyRowsKernel<std::uint32_t>);
-  if (AreAligned(2, args.row_bytes)) return launch(CopyRowsKernel<std::uint16_t>);
-  return launch(CopyRowsKernel<std::uint8_t>);
+  if (AreAligned(16, args.row_bytes)) return launch(GatherRowsKernel<uint4>);
+  if (AreAligned(4, args.row_bytes)) return launch(GatherRowsKernel<std::uint32_t>);
+  if (AreAligned(2, args.row_bytes)) return launch(GatherRowsKernel<std::uint16_t>);
+  return launch(GatherRowsKernel<std::uint8_t>);
 }
 
 }  // namespace jax_ep::cuda
