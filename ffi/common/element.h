@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "common/peer_table.h"
+#include "common/host_device.h"
 
 namespace jax_ep {
 // This header is compiled once per instruction set. With external linkage the linker

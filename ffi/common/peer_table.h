@@ -3,12 +3,7 @@
 
 #include <cstdint>
 
-// Before a function that kernels on a GPU call too.
-#if defined(__CUDACC__)
-#define EP_HOST_DEVICE __host__ __device__
-#else
-#define EP_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace jax_ep {
 
@@ -17,6 +12,7 @@ namespace jax_ep {
 class PeerTable {
  public:
   PeerTable() = default;
+  // `buffers` must be readable where the kernel runs: on a GPU, by the GPU.
   EP_HOST_DEVICE explicit PeerTable(const void* const* buffers) : buffers_(buffers) {}
   EP_HOST_DEVICE PeerTable(const void* first, std::int64_t bytes_between)
       : first_(static_cast<const char*>(first)), bytes_between_(bytes_between) {}

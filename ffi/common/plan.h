@@ -3,15 +3,13 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/peer_table.h"
 
 namespace jax_ep {
 
-// In place of an expert or a row: there is none.
-inline constexpr std::int32_t kDropped = -1;
-
 // One rank's plan, to be filled in; R ranks, T tokens, K choices, E experts, L = E / R.
-struct PlanOutputs {
+struct PlanArrays {
   std::int32_t* group_sizes;   // [L]
   bool* kept;                  // [T, K]
   std::int32_t* expert_load;   // [E]
@@ -28,7 +26,7 @@ struct PlanOutputs {
 // Makes the plans of some or all ranks from the choices of all.
 struct PlanArgs {
   PeerTable topk_idx;  // int32 [T, K], each in [0, E) or kDropped
-  PeerTable outputs;   // PlanOutputs, or null: no plan for this rank
+  PeerTable outputs;   // PlanArrays, or null: no plan for this rank
   std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
@@ -39,8 +37,8 @@ struct PlanArgs {
   EP_HOST_DEVICE const std::int32_t* ChoicesOf(std::int64_t rank) const {
     return static_cast<const std::int32_t*>(topk_idx[rank]);
   }
-  const PlanOutputs* OutputsOf(std::int64_t rank) const {
-    return static_cast<const PlanOutputs*>(outputs[rank]);
+  const PlanArrays* OutputsOf(std::int64_t rank) const {
+    return static_cast<const PlanArrays*>(outputs[rank]);
   }
   EP_HOST_DEVICE std::int64_t num_local_experts() const {
     return num_experts / num_ranks;
@@ -48,7 +46,7 @@ struct PlanArgs {
   EP_HOST_DEVICE std::int64_t choices_per_rank() const { return num_tokens * num_topk; }
 
   // The outputs of another rank that lie behind those of the first.
-  EP_HOST_DEVICE PlanOutputs OfStacked(const PlanOutputs& first, std::int64_t i) const {
+  EP_HOST_DEVICE PlanArrays OfStacked(const PlanArrays& first, std::int64_t i) const {
     return {
         .group_sizes = first.group_sizes + i * num_local_experts(),
         .kept = first.kept + i * choices_per_rank(),

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/peer_table.h"
+#include "common/host_device.h"
 
 namespace jax_ep {
 

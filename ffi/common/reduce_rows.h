@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 #include "common/peer_table.h"
 
 namespace jax_ep {
@@ -14,6 +15,12 @@ class PlanFault;
 
 // One rank pulls its tokens' rows from the ranks of their experts and adds them up:
 // `combine`, and, with unit weights, the gradient of `dispatch`.
+//
+// How sums round is the same on every machine, to the last bit. For each rank, in
+// ascending order, a partial sum starts at zero and goes by fma(weight, row, sum) in
+// ascending k. It is rounded to dtype, as if it crossed a wire. These partial sums are
+// added to a total, in the same order, that is rounded to dtype at the end. All sums
+// are in float32, of float64 in float64; all rounding is to nearest, ties to even.
 struct ReduceRowsArgs {
   PeerTable rows;                 // [capacity, hidden]
   const float* weights;           // [num_tokens, num_topk], or null: all ones

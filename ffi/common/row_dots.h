@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 #include "common/peer_table.h"
 
 namespace jax_ep {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dropped.h"
 #include "cpu/plan_cutoffs.h"
 #include "cpu/plan_placement.h"
 #include "cpu/plan_tables.h"
@@ -98,7 +99,7 @@ std::uint32_t Fingerprint(const PlanArgs& args) {
 
 void Summarize(const PlanArgs& args, const PlanTables& tables, std::uint32_t print,
                std::int64_t rank) {
-  const PlanOutputs* plan = args.OutputsOf(rank);
+  const PlanArrays* plan = args.OutputsOf(rank);
   if (plan == nullptr) return;
   const std::int64_t num_local = args.num_local_experts();
   const std::int64_t first = rank * num_local;

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dropped.h"
+
 namespace jax_ep::cpu {
 namespace {
 

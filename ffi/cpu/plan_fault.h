@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common/plan.h"
+#include "common/dropped.h"
 #include "common/plan_bounds.h"
 
 namespace jax_ep::cpu {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dropped.h"
 #include "common/plan.h"
 #include "cpu/plan_tables.h"
 
@@ -20,7 +21,7 @@ class Placement {
         next_row_(tables.first_row.row(source),
                   tables.first_row.row(source) + args.num_experts) {
     for (std::int64_t dest = 0; dest < args.num_ranks; ++dest) {
-      const PlanOutputs* plan = args.OutputsOf(dest);
+      const PlanArrays* plan = args.OutputsOf(dest);
       const std::int32_t entry = tables.first_entry.row(dest)[source];
       next_entry_.push_back(plan == nullptr ? Entry{}
                                             : Entry{.choice = plan->recv_choice + entry,
@@ -30,7 +31,7 @@ class Placement {
 
   void Run() {
     const std::int32_t* choices = args_.ChoicesOf(source_);
-    const PlanOutputs* plan = args_.OutputsOf(source_);
+    const PlanArrays* plan = args_.OutputsOf(source_);
     std::int32_t dropped = 0;
     for (std::int64_t i = 0; i < args_.choices_per_rank(); ++i) {
       const Target to = choices[i] == kDropped ? Target{} : Place(choices[i], i);

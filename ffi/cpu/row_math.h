@@ -33,9 +33,9 @@ struct RowMath {
   void (*scale)(DType dtype, const void* src, float weight, void* dst,
                 std::int64_t hidden);
 
-  // out = sum over ranks of round(sum of weight * row), rounded; see reduce_rows.h.
-  // While each term is added, the row of the next is fetched: after the last,
-  // `row_after`, if any.
+  // out = sum over ranks of round(sum of weight * row), rounded: as
+  // common/reduce_rows.h says. While each term is added, the row of the next is
+  // fetched: after the last, `row_after`, if any.
   void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms,
                  void* out, std::int64_t hidden, const void* row_after);
 

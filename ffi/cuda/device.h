@@ -3,9 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "cuda/ptx.h"
 
 namespace jax_ep::cuda {
 
@@ -48,38 +50,35 @@ __device__ inline std::int64_t WarpTotal(const std::int32_t* numbers,
   return WarpSum(sum);
 }
 
+#if defined(__CUDA_ARCH__)
+// Loads so many bytes at once, past the first-level cache.
+template <std::size_t bytes>
+__device__ inline auto LoadBytes(const void* p) {
+  if constexpr (bytes == 16) {
+    return ptx::LoadPastL1V4U32(p);
+  } else if constexpr (bytes == 8) {
+    return ptx::LoadPastL1U64(p);
+  } else if constexpr (bytes == 4) {
+    return ptx::LoadPastL1U32(p);
+  } else if constexpr (bytes == 2) {
+    return ptx::LoadPastL1U16(p);
+  } else {
+    static_assert(bytes == 1);
+    return ptx::LoadPastL1U8(p);
+  }
+}
+#endif
+
 // Reads what a peer wrote before this kernel began. Never by the read-only path, which
 // may hold what stood there before; and past the first-level cache, as nobody reads it
 // here again.
 template <typename Unit>
 __device__ inline Unit LoadPeer(const Unit* p) {
 #if defined(__CUDA_ARCH__)
+  const auto loaded = LoadBytes<sizeof(Unit)>(p);
   Unit unit;
-  if constexpr (sizeof(Unit) == 16) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    __builtin_memcpy(&unit, &v, sizeof(unit));
-  } else if constexpr (sizeof(Unit) == 8) {
-    std::uint64_t v;
-    asm volatile("ld.global.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(p));
-    __builtin_memcpy(&unit, &v, sizeof(unit));
-  } else if constexpr (sizeof(Unit) == 4) {
-    std::uint32_t v;
-    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    __builtin_memcpy(&unit, &v, sizeof(unit));
-  } else if constexpr (sizeof(Unit) == 2) {
-    std::uint16_t v;
-    asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
-    __builtin_memcpy(&unit, &v, sizeof(unit));
-  } else {
-    static_assert(sizeof(Unit) == 1);
-    std::uint16_t v;
-    asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(v) : "l"(p));
-    const auto byte = static_cast<std::uint8_t>(v);
-    __builtin_memcpy(&unit, &byte, sizeof(unit));
-  }
+  static_assert(sizeof(unit) == sizeof(loaded));
+  __builtin_memcpy(&unit, &loaded, sizeof(unit));
   return unit;
 #else
   return *p;

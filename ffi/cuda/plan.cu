@@ -7,7 +7,7 @@ namespace jax_ep::cuda {
 
 std::int64_t PlanWorkspace(const PlanArgs& args) { return PlanTables::Words(args); }
 
-cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
+cudaError_t MakePlans(const PlanArgs& args, const PlanArrays& first,
                       std::int32_t* workspace, cudaStream_t stream) {
   if (args.num_ranks > kMaxRanks) return cudaErrorInvalidValue;
   const PlanTables tables(args, first, workspace);

@@ -14,7 +14,7 @@ std::int64_t PlanWorkspace(const PlanArgs& args);
 
 // Makes the plans of all stacked ranks, whose outputs lie behind the first one's, in
 // `workspace`. Nothing is decided by the order in which threads come.
-cudaError_t MakePlans(const PlanArgs& args, const PlanOutputs& first,
+cudaError_t MakePlans(const PlanArgs& args, const PlanArrays& first,
                       std::int32_t* workspace, cudaStream_t stream);
 
 }  // namespace jax_ep::cuda

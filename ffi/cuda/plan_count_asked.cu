@@ -1,5 +1,6 @@
 #include <cstdint>
 
+#include "common/dropped.h"
 #include "cuda/plan_tables.h"
 
 namespace jax_ep::cuda {

@@ -51,7 +51,7 @@ __device__ std::int32_t ScanColumns(const PlanTables& tables, std::int64_t first
 __device__ void LayOutGroups(const PlanTables& tables, std::int64_t dest,
                              Columns& columns) {
   const std::int64_t num_local = tables.args.num_local_experts();
-  const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+  const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
   const auto alignment = static_cast<std::int32_t>(tables.args.alignment);
   std::int64_t start = 0;
   for (std::int64_t e = 0; e < num_local; e += kWarpSize) {
@@ -79,7 +79,7 @@ __device__ void LayOutReceived(const PlanTables& tables, std::int64_t dest,
   const std::int32_t received = ScanColumns(tables, column, 1, columns);
   if (threadIdx.x == 0) num_received = received;
   __syncthreads();
-  const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+  const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
   for (std::int64_t s = threadIdx.x; s < tables.args.num_ranks; s += blockDim.x) {
     const std::int64_t row = s * tables.tiles_per_source;
     const std::int64_t next = row + tables.tiles_per_source;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tab
   } else {
     TellLoads(tables, dest);
     if (threadIdx.x != 0) return;
-    const PlanOutputs plan = tables.args.OfStacked(tables.first, dest);
+    const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
     *plan.num_dropped = 0;  // those that place choices add to it
     // Only ranks that might mix up two calls compare these.
     *plan.fingerprint = 0;

@@ -1,5 +1,6 @@
 #include <cstdint>
 
+#include "common/dropped.h"
 #include "cuda/plan_tables.h"
 
 namespace jax_ep::cuda {
@@ -31,7 +32,7 @@ __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
                   (c < args.num_experts ? tables.group_start[c] : 0);
   }
   __syncwarp();
-  const PlanOutputs own = args.OfStacked(tables.first, tile.source);
+  const PlanArrays own = args.OfStacked(tables.first, tile.source);
   const auto local = static_cast<std::int32_t>(args.num_local_experts());
   std::int32_t dropped = 0;
 #pragma unroll
@@ -49,7 +50,7 @@ __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
     own.send_row[i] = target;
     own.kept[i] = is_kept;
     if (!is_kept) continue;
-    const PlanOutputs theirs = args.OfStacked(tables.first, dest);
+    const PlanArrays theirs = args.OfStacked(tables.first, dest);
     theirs.recv_choice[entry] =
         static_cast<std::int32_t>(tile.source * args.choices_per_rank() + i);
     theirs.recv_row[entry] = target;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/dropped.h"
 #include "common/plan.h"
 #include "cuda/device.h"
 
@@ -28,8 +29,7 @@ inline constexpr std::int64_t kSharedCounters = 1024;
 // row per tile, in the order of the choices, and a column per expert and, behind them,
 // per destination rank.
 struct PlanTables {
-  PlanTables(const PlanArgs& plan, const PlanOutputs& first_outputs,
-             std::int32_t* space)
+  PlanTables(const PlanArgs& plan, const PlanArrays& first_outputs, std::int32_t* space)
       : args(plan),
         first(first_outputs),
         tiles_per_source(TilesPerSource(plan)),
@@ -81,7 +81,7 @@ struct PlanTables {
   }
 
   PlanArgs args;
-  PlanOutputs first;
+  PlanArrays first;
   std::int64_t tiles_per_source;
   std::int64_t columns;
   std::uint16_t* dest_by_priority;  // of every choice, kNowhere: none

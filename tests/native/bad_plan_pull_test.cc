@@ -9,6 +9,7 @@
 
 #include "bad_plan.h"
 #include "check.h"
+#include "common/dropped.h"
 #include "cpu/plan_fault.h"
 #include "cpu/publish_rows.h"
 #include "cpu/reduce_rows.h"

@@ -8,6 +8,7 @@
 
 #include "bad_plan.h"
 #include "check.h"
+#include "common/dropped.h"
 #include "cuda/gather_rows.h"
 #include "cuda/gather_scaled.h"
 #include "cuda/reduce_rows.h"

@@ -37,7 +37,7 @@ class StackedPlans {
         group_rows_(g.num_experts(), rng),
         fingerprint_(g.num_ranks, rng) {}
 
-  PlanOutputs First() {
+  PlanArrays First() {
     return {.group_sizes = group_sizes_.data(),
             .kept = reinterpret_cast<bool*>(kept_.data()),
             .expert_load = expert_load_.data(),

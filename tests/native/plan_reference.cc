@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "common/plan.h"
+#include "common/dropped.h"
 
 namespace jax_ep {
 namespace {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/dropped.h"
 #include "plan_reference.h"
 #include "threads.h"
 
@@ -59,7 +60,7 @@ class Plans {
       choices_of.push_back(Slice(topk_idx.data(), rank, choices()));
       choice_table.push_back(choices_of.back().data());
     }
-    std::vector<PlanOutputs> outputs;
+    std::vector<PlanArrays> outputs;
     for (std::size_t i = 0; i < ranks_.size(); ++i) {
       outputs.push_back(OutputsAt(static_cast<std::int64_t>(i)));
     }
@@ -102,7 +103,7 @@ class Plans {
     return plan;
   }
 
-  PlanOutputs OutputsAt(std::int64_t i) {
+  PlanArrays OutputsAt(std::int64_t i) {
     const std::int64_t num_local = geometry_.num_local_experts;
     return {
         .group_sizes = group_sizes_.data() + i * num_local,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/dropped.h"
 #include "numbers.h"
 #include "run_work.h"
 #include "token_rows.h"

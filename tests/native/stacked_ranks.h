@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "check.h"
+#include "common/dropped.h"
 #include "common/peer_table.h"
-#include "common/plan.h"
 #include "numbers.h"
 #include "plan_reference.h"
 

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "common/plan.h"
+#include "common/dropped.h"
 #include "numbers.h"
 #include "plan_reference.h"
 

@@ -1,0 +1,50 @@
+#ifndef JAX_EP_FFI_CUDA_PTX_H_
+#define JAX_EP_FFI_CUDA_PTX_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if defined(__CUDA_ARCH__)
+
+namespace jax_ep::cuda::ptx {
+
+// These load without a place in the first-level cache; the suffix says what.
+
+__device__ inline uint4 LoadPastL1V4U32(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+__device__ inline std::uint64_t LoadPastL1U64(const void* p) {
+  std::uint64_t v;
+  asm volatile("ld.global.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(p));
+  return v;
+}
+
+__device__ inline std::uint32_t LoadPastL1U32(const void* p) {
+  std::uint32_t v;
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+__device__ inline std::uint16_t LoadPastL1U16(const void* p) {
+  std::uint16_t v;
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
+__device__ inline std::uint8_t LoadPastL1U8(const void* p) {
+  std::uint16_t v;  // there are no registers of 8 bits
+  asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(v) : "l"(p));
+  return static_cast<std::uint8_t>(v);
+}
+
+}  // namespace jax_ep::cuda::ptx
+
+#endif  // defined(__CUDA_ARCH__)
+
+#endif  // JAX_EP_FFI_CUDA_PTX_H_
