@@ -1,3 +1,5 @@
+// The one number by which plans, kernels and tests say that something is not there.
+
 #ifndef JAX_EP_FFI_COMMON_DROPPED_H_
 #define JAX_EP_FFI_COMMON_DROPPED_H_
 

@@ -1,3 +1,5 @@
+// How callers tell the kernels that compute what rows consist of.
+
 #ifndef JAX_EP_FFI_COMMON_DTYPE_H_
 #define JAX_EP_FFI_COMMON_DTYPE_H_
 

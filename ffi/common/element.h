@@ -1,3 +1,6 @@
+// How each dtype is read and rounded: one source for CPUs and GPUs, whose results are
+// equal.
+
 #ifndef JAX_EP_FFI_COMMON_ELEMENT_H_
 #define JAX_EP_FFI_COMMON_ELEMENT_H_
 

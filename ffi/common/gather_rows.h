@@ -1,3 +1,5 @@
+// What the CPU's and the GPU's gather_rows are told, and their callers fill in.
+
 #ifndef JAX_EP_FFI_COMMON_GATHER_ROWS_H_
 #define JAX_EP_FFI_COMMON_GATHER_ROWS_H_
 

@@ -1,7 +1,8 @@
+// EP_HOST_DEVICE stands before what CPUs and kernels on a GPU both call.
+
 #ifndef JAX_EP_FFI_COMMON_HOST_DEVICE_H_
 #define JAX_EP_FFI_COMMON_HOST_DEVICE_H_
 
-// Before a function that kernels on a GPU call too.
 #if defined(__CUDACC__)
 #define EP_HOST_DEVICE __host__ __device__
 #else

@@ -1,3 +1,5 @@
+// How kernels reach other ranks. Callers who know where those are make it.
+
 #ifndef JAX_EP_FFI_COMMON_PEER_TABLE_H_
 #define JAX_EP_FFI_COMMON_PEER_TABLE_H_
 

@@ -1,3 +1,5 @@
+// What the CPU's and the GPU's make_plan are told, and their callers fill in.
+
 #ifndef JAX_EP_FFI_COMMON_PLAN_H_
 #define JAX_EP_FFI_COMMON_PLAN_H_
 

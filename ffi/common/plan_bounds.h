@@ -1,3 +1,5 @@
+// The checks of plans that the kernels on CPUs and on GPUs share.
+
 #ifndef JAX_EP_FFI_COMMON_PLAN_BOUNDS_H_
 #define JAX_EP_FFI_COMMON_PLAN_BOUNDS_H_
 

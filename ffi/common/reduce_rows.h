@@ -1,3 +1,5 @@
+// What the CPU's and the GPU's reduce_rows are told, and how the two must round.
+
 #ifndef JAX_EP_FFI_COMMON_REDUCE_ROWS_H_
 #define JAX_EP_FFI_COMMON_REDUCE_ROWS_H_
 

@@ -1,3 +1,5 @@
+// What the CPU's and the GPU's row_dots are told, and their callers fill in.
+
 #ifndef JAX_EP_FFI_COMMON_ROW_DOTS_H_
 #define JAX_EP_FFI_COMMON_ROW_DOTS_H_
 

@@ -1,3 +1,5 @@
+// Pulls tokens into rows on a CPU, copied or scaled, and zeroes what no token fills.
+
 #include "cpu/gather_rows.h"
 
 #include <algorithm>

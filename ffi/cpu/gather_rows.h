@@ -1,3 +1,5 @@
+// The CPU's kernel of `dispatch` and of the gradient of `combine`, for the handlers.
+
 #ifndef JAX_EP_FFI_CPU_GATHER_ROWS_H_
 #define JAX_EP_FFI_CPU_GATHER_ROWS_H_
 

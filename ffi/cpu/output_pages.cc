@@ -1,3 +1,5 @@
+// The sizes from which an output is worth the trouble, and what Linux is told of it.
+
 #include "cpu/output_pages.h"
 
 #include <sys/mman.h>

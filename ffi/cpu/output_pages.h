@@ -1,3 +1,5 @@
+// For the CPU's kernels that write much: how to get it into memory fast.
+
 #ifndef JAX_EP_FFI_CPU_OUTPUT_PAGES_H_
 #define JAX_EP_FFI_CPU_OUTPUT_PAGES_H_
 

@@ -1,3 +1,6 @@
+// Makes the plans of all ranks in passes over their choices. Two of these have files
+// of their own: plan_cutoffs.cc and plan_placement.h.
+
 #include "cpu/plan.h"
 
 #include <algorithm>

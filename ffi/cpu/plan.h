@@ -1,3 +1,5 @@
+// The CPU's kernel of `make_plan`, for the handlers.
+
 #ifndef JAX_EP_FFI_CPU_PLAN_H_
 #define JAX_EP_FFI_CPU_PLAN_H_
 

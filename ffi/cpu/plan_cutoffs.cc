@@ -1,3 +1,5 @@
+// The passes over all choices that only plans with too little room need.
+
 #include "cpu/plan_cutoffs.h"
 
 #include <cstdint>

@@ -1,3 +1,5 @@
+// A step of plan.cc.
+
 #ifndef JAX_EP_FFI_CPU_PLAN_CUTOFFS_H_
 #define JAX_EP_FFI_CPU_PLAN_CUTOFFS_H_
 

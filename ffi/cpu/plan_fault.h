@@ -1,3 +1,6 @@
+// How the CPU's kernels report a plan that is not as it was made, for the handlers to
+// fail the call.
+
 #ifndef JAX_EP_FFI_CPU_PLAN_FAULT_H_
 #define JAX_EP_FFI_CPU_PLAN_FAULT_H_
 

@@ -1,3 +1,5 @@
+// The last pass of plan.cc over the choices, source by source.
+
 #ifndef JAX_EP_FFI_CPU_PLAN_PLACEMENT_H_
 #define JAX_EP_FFI_CPU_PLAN_PLACEMENT_H_
 

@@ -1,3 +1,5 @@
+// What the steps of plan.cc hand to each other.
+
 #ifndef JAX_EP_FFI_CPU_PLAN_TABLES_H_
 #define JAX_EP_FFI_CPU_PLAN_TABLES_H_
 

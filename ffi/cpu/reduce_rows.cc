@@ -1,3 +1,5 @@
+// Adds up tokens' rows on a CPU: finds the rows, for row_math.h to add them.
+
 #include "cpu/reduce_rows.h"
 
 #include <algorithm>

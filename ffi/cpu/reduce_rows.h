@@ -1,3 +1,5 @@
+// The CPU's kernel of `combine` and of the gradient of `dispatch`, for the handlers.
+
 #ifndef JAX_EP_FFI_CPU_REDUCE_ROWS_H_
 #define JAX_EP_FFI_CPU_REDUCE_ROWS_H_
 

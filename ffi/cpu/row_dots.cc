@@ -1,3 +1,5 @@
+// Multiplies rows on a CPU: finds the rows, for row_math.h to multiply them.
+
 #include "cpu/row_dots.h"
 
 #include <algorithm>

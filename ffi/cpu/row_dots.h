@@ -1,3 +1,5 @@
+// The CPU's kernel of the gradient of `combine` in its weights, for the handlers.
+
 #ifndef JAX_EP_FFI_CPU_ROW_DOTS_H_
 #define JAX_EP_FFI_CPU_ROW_DOTS_H_
 

@@ -1,3 +1,5 @@
+// Asks the CPU which instruction sets it has; the loops are in row_math_isa.cc.
+
 #include "cpu/row_math.h"
 
 namespace jax_ep::cpu {

@@ -1,3 +1,5 @@
+// The inner loops that the CPU's kernels share.
+
 #ifndef JAX_EP_FFI_CPU_ROW_MATH_H_
 #define JAX_EP_FFI_CPU_ROW_MATH_H_
 

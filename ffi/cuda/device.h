@@ -1,3 +1,6 @@
+// What all kernels do on the device: tell threads apart, add up in a warp, load what
+// peers wrote.
+
 #ifndef JAX_EP_FFI_CUDA_DEVICE_H_
 #define JAX_EP_FFI_CUDA_DEVICE_H_
 

@@ -1,3 +1,5 @@
+// Loads, stores and fma for any dtype, for the kernels that compute.
+
 #ifndef JAX_EP_FFI_CUDA_ELEMENTS_H_
 #define JAX_EP_FFI_CUDA_ELEMENTS_H_
 

@@ -1,3 +1,5 @@
+// Copies tokens into rows on a GPU, in the widest units that a row consists of.
+
 #include <cstdint>
 
 #include "cuda/device.h"

@@ -1,3 +1,5 @@
+// The GPU's kernel of `dispatch`, for the handlers.
+
 #ifndef JAX_EP_FFI_CUDA_GATHER_ROWS_H_
 #define JAX_EP_FFI_CUDA_GATHER_ROWS_H_
 

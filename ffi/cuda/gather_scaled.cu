@@ -1,3 +1,5 @@
+// Scales tokens into rows on a GPU. Unlike copies, those of one token all differ.
+
 #include <cstdint>
 
 #include "cuda/device.h"

@@ -1,3 +1,5 @@
+// The GPU's kernel of the gradient of `combine`, for the handlers.
+
 #ifndef JAX_EP_FFI_CUDA_GATHER_SCALED_H_
 #define JAX_EP_FFI_CUDA_GATHER_SCALED_H_
 

@@ -1,3 +1,5 @@
+// Sizes of warps and blocks, and how every kernel here is launched.
+
 #ifndef JAX_EP_FFI_CUDA_LAUNCH_H_
 #define JAX_EP_FFI_CUDA_LAUNCH_H_
 

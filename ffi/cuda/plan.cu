@@ -1,3 +1,5 @@
+// Runs the kernels of a plan, each from a plan_*.cu of its own, one after the other.
+
 #include <cstdint>
 
 #include "cuda/plan.h"

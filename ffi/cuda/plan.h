@@ -1,3 +1,6 @@
+// The GPU's kernels of `make_plan`, for the handlers; Python asks how much workspace
+// they need.
+
 #ifndef JAX_EP_FFI_CUDA_PLAN_H_
 #define JAX_EP_FFI_CUDA_PLAN_H_
 

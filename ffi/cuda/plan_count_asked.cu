@@ -1,3 +1,5 @@
+// First kernel of a plan: counts where the choices want to go.
+
 #include <cstdint>
 
 #include "common/dropped.h"

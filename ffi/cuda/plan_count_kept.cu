@@ -1,3 +1,5 @@
+// Third kernel of a plan: counts the choices that find room.
+
 #include <cstdint>
 
 #include "cuda/plan_tables.h"

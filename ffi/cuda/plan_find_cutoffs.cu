@@ -1,3 +1,5 @@
+// Second kernel of a plan: finds where ranks that are asked for too much stop.
+
 #include <cstdint>
 
 #include "cuda/plan_tables.h"

@@ -1,3 +1,6 @@
+// Fourth kernel of a plan: turns counts into where things start, and writes what is
+// known before any choice is placed.
+
 #include <cstdint>
 
 #include "cuda/plan_tables.h"

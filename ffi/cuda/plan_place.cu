@@ -1,3 +1,5 @@
+// Last kernel of a plan: gives each kept choice its row.
+
 #include <cstdint>
 
 #include "common/dropped.h"

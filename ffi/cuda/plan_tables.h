@@ -1,3 +1,5 @@
+// For the kernels of a plan: their workspace, and how they work through the choices.
+
 #ifndef JAX_EP_FFI_CUDA_PLAN_TABLES_H_
 #define JAX_EP_FFI_CUDA_PLAN_TABLES_H_
 

@@ -1,3 +1,5 @@
+// The only inline assembly, an instruction a function, for device.h.
+
 #ifndef JAX_EP_FFI_CUDA_PTX_H_
 #define JAX_EP_FFI_CUDA_PTX_H_
 

@@ -1,3 +1,5 @@
+// What gather_rows.cu and gather_scaled.cu have in common.
+
 #ifndef JAX_EP_FFI_CUDA_RECEIVED_H_
 #define JAX_EP_FFI_CUDA_RECEIVED_H_
 

@@ -1,3 +1,5 @@
+// Adds up tokens' rows on a GPU: one warp finds the rows, and its block adds them.
+
 #include <algorithm>
 #include <cstdint>
 

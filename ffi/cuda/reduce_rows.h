@@ -1,3 +1,5 @@
+// The GPU's kernel of `combine` and of the gradient of `dispatch`, for the handlers.
+
 #ifndef JAX_EP_FFI_CUDA_REDUCE_ROWS_H_
 #define JAX_EP_FFI_CUDA_REDUCE_ROWS_H_
 

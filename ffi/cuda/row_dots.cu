@@ -1,3 +1,5 @@
+// Multiplies rows on a GPU, and adds up in the same order as a CPU.
+
 #include <cstdint>
 
 #include "common/plan_bounds.h"
