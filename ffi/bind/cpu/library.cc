@@ -23,6 +23,7 @@
 #include "bind/cpu/meeting_call.h"
 #include "cpu/row_math.h"
 #include "fabric/processes/host.h"
+#include "fabric/threads/call_log.h"
 #include "fabric/threads/meeting.h"
 
 namespace jax_ep {
@@ -126,7 +127,8 @@ void jax_ep_end_at(std::uint32_t phase, std::int64_t skip, int signal) {
   });
 }
 
-int jax_ep_log_calls(int enabled) { return enabled; }
+// Returns whether calls were logged until now.
+int jax_ep_log_calls(int enabled) { return jax_ep::SetLogsCalls(enabled != 0) ? 1 : 0; }
 
 double jax_ep_wait_timeout() { return jax_ep::ProcessMeetingPoint().timeout().count(); }
 

@@ -90,6 +90,7 @@ void Channel::Serve() {
     Failure failure;
     const std::shared_ptr<Meeting> meeting = NextMeeting(failure);
     if (meeting == nullptr && !failure) return;  // the channel ends
+    if (meeting != nullptr) meeting->LogEpoch(epoch_);
     if (!failure) failure = Exchange(*meeting);
     if (failure) {
       GiveUp(*failure, {meeting});
@@ -195,6 +196,7 @@ Channel::Failure Channel::Exchange(Meeting& meeting) {
   if (Failure failure = AwaitOthers(meeting)) return failure;
   if (Failure failure = FillTables(meeting)) return failure;
   Enter(Phase::kPulling);
+  meeting.LogBeginning();
   RunTogether(std::move(meeting.works), options_.schedule, options_.max_threads);
   ProcessWords& own = own_->words();
   // Releases the half: all reads of it have ended.

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -11,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/threads/call_log.h"
 #include "fabric/threads/describe.h"
 
 namespace jax_ep {
@@ -18,6 +20,22 @@ namespace {
 
 // First runs are few, and follow a compilation.
 constexpr std::chrono::milliseconds kPoll{1};
+
+// Logs that a rank came, and when it is told. The processes have no number of this call
+// in common yet: the log has this process's.
+FirstRuns::Told LogFirstRun(const FirstRun& run, std::int32_t here,
+                            FirstRuns::Told told) {
+  const auto log = std::make_shared<LoggedCall>(
+      "rank " + std::to_string(run.rank) + " of " +
+          std::to_string(run.process_of.size()) + " in process " + std::to_string(here),
+      "the first run of " + run.call,
+      "run " + std::to_string(run.run_id) + ", call " + std::to_string(run.site) +
+          " of this process");
+  return [log, told = std::move(told)](const FirstRuns::Outcome& outcome) {
+    log->NoteEnd(outcome.failure);
+    told(outcome);
+  };
+}
 
 }  // namespace
 
@@ -53,6 +71,7 @@ FirstRuns::~FirstRuns() {
 }
 
 void FirstRuns::Await(Host& host, FirstRun run, Told told) {
+  if (LogsCalls()) told = LogFirstRun(run, host.here(), std::move(told));
   Board::FirstRunsOfRank* own = host.OwnFirstRuns(run.group, run.rank);
   if (own == nullptr) {
     told({.failure = run.call + ": this process has ranks in too many groups"});

@@ -54,6 +54,7 @@ using PeerTables = std::vector<const void* const*>;
 using Done = std::function<void(const std::optional<std::string>& failure)>;
 
 struct Meeting;
+class LoggedCall;
 
 // Takes an exchange on from where the ranks of this process have met.
 class Relay {
@@ -102,6 +103,8 @@ struct Attendance {
   // If there are peers in other processes: who, and how they get what they are to find.
   std::shared_ptr<const Span> span = nullptr;
   MakePublication make_publication = nullptr;
+  // If calls are logged: what is to know when its peers have come.
+  std::shared_ptr<LoggedCall> log = nullptr;
 };
 
 }  // namespace jax_ep

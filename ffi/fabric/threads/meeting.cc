@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/threads/call_log.h"
 #include "fabric/threads/describe.h"
 #include "fabric/threads/report.h"
 
@@ -100,6 +101,15 @@ void Meeting::NotePresent(const Attendance& attendance) {
   present[rank] = true;
   ++num_present;
   done[rank] = attendance.done;
+  if (attendance.log) logged.push_back(attendance.log);
+}
+
+void Meeting::LogEpoch(std::uint64_t epoch) const {
+  for (const auto& call : logged) call->NoteEpoch(epoch);
+}
+
+void Meeting::LogBeginning() const {
+  for (const auto& call : logged) call->NoteBeginning();
 }
 
 void Meeting::TakeWorks(const Attendance& attendance) {
@@ -141,6 +151,14 @@ std::chrono::duration<double> MeetingPoint::timeout() const {
 }
 
 void MeetingPoint::Attend(const Attendance& attendance) {
+  if (LogsCalls()) {
+    TakePart(Logged(attendance));
+  } else {
+    TakePart(attendance);
+  }
+}
+
+void MeetingPoint::TakePart(const Attendance& attendance) {
   std::unique_lock lock(mutex_);
   const std::shared_ptr<Meeting> meeting = Join(attendance);
   meeting->NotePresent(attendance);
@@ -166,6 +184,7 @@ void MeetingPoint::Attend(const Attendance& attendance) {
     meeting->span->relay->Take(meeting);
     return;
   }
+  meeting->LogBeginning();
   RunTogether(std::move(meeting->works), attendance.schedule);
   meeting->done.erase(meeting->done.begin() + attendance.rank);
   TellAll(std::move(meeting->done), attendance.schedule);

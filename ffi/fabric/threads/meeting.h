@@ -19,6 +19,7 @@
 
 #include "common/work.h"
 #include "fabric/threads/attendance.h"
+#include "fabric/threads/call_log.h"
 #include "fabric/work/work_share.h"
 
 namespace jax_ep {
@@ -39,6 +40,10 @@ struct Meeting {
   // works.
   void NotePresent(const Attendance& attendance);
   void TakeWorks(const Attendance& attendance);
+
+  // For the log of those that it holds.
+  void LogEpoch(std::uint64_t epoch) const;
+  void LogBeginning() const;
 
   void SetBuffer(std::size_t lent, std::size_t rank, const void* data) {
     buffers[lent * present.size() + rank] = data;
@@ -71,6 +76,7 @@ struct Meeting {
   // By rank too; empty for ranks of other processes, the first one's if there are none.
   std::vector<MakePublication> publications;
   std::vector<Done> done;
+  std::vector<std::shared_ptr<LoggedCall>> logged;  // of those that came
   std::optional<std::string> failure;
 };
 
@@ -114,6 +120,7 @@ class MeetingPoint {
 
   using Notice = Meeting::Notice;
 
+  void TakePart(const Attendance& attendance);
   std::shared_ptr<Meeting> Join(const Attendance& attendance);
   std::vector<Notice> Fail(Meeting& meeting, const std::string& failure);
   void Forget(const Meeting& meeting);

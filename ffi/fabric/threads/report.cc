@@ -1,3 +1,5 @@
+// Implements report.h.
+
 #include "fabric/threads/report.h"
 
 #include <poll.h>
@@ -45,6 +47,11 @@ void Report(const std::string& text) {
   } else {
     WriteLine("jax_ep " + text);
   }
+}
+
+void PrintLine(const std::string& text) {
+  const std::scoped_lock lock(CurrentSink().mutex);
+  WriteLine(text);
 }
 
 ReportSink SetReportSink(ReportSink sink) {

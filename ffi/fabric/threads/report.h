@@ -1,3 +1,6 @@
+// What the library says on stderr: failures, and what it was asked to log.
+// Used by meeting points and channels, and by the log of calls.
+
 #ifndef JAX_EP_FFI_FABRIC_THREADS_REPORT_H_
 #define JAX_EP_FFI_FABRIC_THREADS_REPORT_H_
 
@@ -14,8 +17,11 @@ namespace jax_ep {
 // out.
 void Report(const std::string& text);
 
-// Takes the text in place of stderr, one at a time; null stands for stderr. It must not
-// call back.
+// Puts a line that is no failure's on stderr, in the same way.
+void PrintLine(const std::string& text);
+
+// Takes the text of reports in place of stderr, one at a time; null stands for stderr.
+// It must not call back.
 using ReportSink = std::function<void(const std::string& text)>;
 
 // For tests. Returns the sink until now.
