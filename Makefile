@@ -14,9 +14,12 @@ CUDA_LIBRARY := jax_ep/libjax_ep_cuda.so
 CUDA_ARCHITECTURES ?= 80;90a;100a;120a
 CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
+CXX_FILES = find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h'
+clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $(BIN)/clang-tidy '\.$(2)$$' \
+  > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format native-test protocol cuda bench clean
+.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test protocol cuda bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,20 +31,30 @@ demo: $(PACKAGE) ## train a small MoE language model on 8 CPU devices
 test: $(PACKAGE) ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-lint: $(PACKAGE) $(TOOLS) build/lint/compile_commands.json ## check style, types, layers and native code
+lint: lint-lengths lint-python lint-native-format lint-native ## check style, types, layers and native code
+
+# The parts of lint, which .pre-commit-config.yaml names too.
+lint-lengths: $(RUN)
+	$(RUN) .ci/check_lengths.py
+
+lint-python: $(PACKAGE) $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(RUN)
 	$(BIN)/lint-imports --no-cache
-	$(RUN) ffi/check_includes.py
-	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
-	$(RUN) $(BIN)/run-clang-tidy.py -quiet -p build/lint -clang-tidy-binary $(BIN)/clang-tidy '\.cc$$' > build/lint/clang-tidy.log 2>&1 \
-	  || { cat build/lint/clang-tidy.log; exit 1; }
+
+lint-native-format: $(TOOLS)
+	$(CXX_FILES) | xargs $(BIN)/clang-format --dry-run -Werror
+
+# clang reads the kernels for GPUs as the C++ that they are on the emulated device.
+lint-native: build/lint/compile_commands.json build/lint-kernels/compile_commands.json
+	$(call clang_tidy,build/lint,cc)
+	$(call clang_tidy,build/lint-kernels,cu)
 
 format: $(TOOLS) ## rewrite sources in the project's style
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
-	find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	$(CXX_FILES) | xargs $(BIN)/clang-format -i
 
 native-test: build/native-plain build/native-address build/native-thread ## run the C++ tests, plain and under sanitizers
 
@@ -78,8 +91,13 @@ $(TOOLS): pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --requirement $(VENV)/tools.txt
 	touch $@
 
-build/lint/compile_commands.json: ffi/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake) $(PACKAGE) $(TOOLS)
+CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)
+
+build/lint/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
 	$(CONFIGURE) -B build/lint
+
+build/lint-kernels/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
+	$(CONFIGURE) -B build/lint-kernels -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON
 
 build/native-address: SANITIZE := address,undefined
 build/native-thread: SANITIZE := thread
