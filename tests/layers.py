@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import strategies
+from implementations import Row
 from jax.sharding import NamedSharding, PartitionSpec
 from strategies import Shape
 
@@ -35,6 +36,31 @@ def layer(
     plan = make_plan(topk_idx, num_experts=SHAPE.num_experts, capacity=SHAPE.capacity)
     rows = experts(jax_ep.dispatch(x, plan), plan.group_sizes, scale)
     return jax_ep.combine(rows, plan, weights)
+
+
+def make_plan(row: Row, topk_idx: jax.Array) -> jax_ep.Plan:
+    return row.make_plan(topk_idx, num_experts=SHAPE.num_experts, capacity=SHAPE.capacity)
+
+
+def outside(f, row: Row):
+    """Compiles ``f`` of all ranks with its gradients, taken outside the ranks."""
+
+    def run(x, topk_idx, weights, scale, dout):
+        all_ranks = row.over_ranks(f, SHAPE.num_ranks)
+        out, pull = jax.vjp(lambda x, w, s: all_ranks(x, topk_idx, w, s), x, weights, scale)
+        return out, pull(dout)
+
+    return jax.jit(run)
+
+
+def inside(f, row: Row):
+    """Compiles ``f`` of all ranks with its gradients, taken on every rank."""
+
+    def run(x, topk_idx, weights, scale, dout):
+        out, pull = jax.vjp(lambda x, w, s: f(x, topk_idx, w, s), x, weights, scale)
+        return out, pull(dout)
+
+    return row.jit(run, SHAPE.num_ranks)
 
 
 def dense(x, topk_idx, weights, scale, kept) -> jax.Array:

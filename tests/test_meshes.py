@@ -1,81 +1,31 @@
-"""The expert axis among other axes: groups of ranks keep to themselves, whatever else is sharded.
-
-All of it runs with ``check_vma`` on, so that a result that claims to be equal along an axis without
-being so does not get past JAX.
-"""
+"""The expert axis among other axes: each group of ranks keeps to itself."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementations import devices, require
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from layers import SHAPE, Problem, close, dense, layer, reference, whole
+from layers import SHAPE, Problem, close, dense, reference, whole
+from meshes import (
+    AUTO,
+    EXPLICIT,
+    both_axis_types,
+    flat,
+    flat_answers,
+    flat_args,
+    layer_on,
+    make_mesh,
+    put,
+    run,
+)
 
 import jax_ep
 
 R, T, H = SHAPE.num_ranks, SHAPE.num_tokens, SHAPE.hidden
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-both_axis_types = pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=lambda t: t.name)
-
-
-def make_mesh(axis_type: AxisType, **sizes: int) -> Mesh:
-    num_devices = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(axis_type,) * len(sizes),
-        devices=devices()[:num_devices],
-    )
-
-
-def layer_on(implementation: str, axis_name: Any = "expert") -> Callable[..., jax.Array]:
-    make_plan = functools.partial(
-        jax_ep.make_plan, axis_name=axis_name, implementation=implementation
-    )
-    return functools.partial(layer, make_plan)
-
-
-def put(a: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
-    """Lays an array out, in each process its part: several would compare theirs, NaN with NaN."""
-    return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), lambda at: a[at])
-
-
-def run(mesh: Mesh, f: Callable, specs: tuple[P, ...], out_spec: P, args: tuple, dout: np.ndarray):
-    """Returns ``f(*args)`` over ``mesh`` and its gradients in all but ``topk_idx``.
-
-    Everything is global and laid out as its spec says; ``dout`` is laid out like the result.
-    """
-    args = [put(a, mesh, spec) for a, spec in zip(args, specs, strict=True)]
-    dout = put(dout, mesh, out_spec)
-    sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=True)
-
-    @jax.jit
-    def program(x, topk_idx, weights, scale, dout):
-        out, pull = jax.vjp(lambda x, w, s: sharded(x, topk_idx, w, s), x, weights, scale)
-        return out, pull(dout)
-
-    return jax.tree.map(whole, program(*args, dout))
-
-
-def flat(a: np.ndarray) -> np.ndarray:
-    """Joins the axis of ranks with the one behind it, as a global array has them."""
-    return a.reshape(-1, *a.shape[2:])
-
-
-def flat_args(problem: Problem) -> tuple[np.ndarray, ...]:
-    return tuple(flat(a) for a in problem.args)
-
-
-def flat_answers(problem: Problem):
-    return jax.tree.map(lambda a: flat(np.asarray(a)), problem.expect())
 
 
 @both_axis_types
@@ -155,75 +105,6 @@ def test_a_group_never_sees_another(implementation: str) -> None:
     close([a[half:] for a in (out, dx, dweights)], [want, want_dx, want_dweights])
     kept = flat(SHAPE.plan(problem.topk_idx).kept).any(axis=1)
     assert np.isnan(out[:half][kept]).all()
-
-
-@both_axis_types
-def test_tokens_replicated_over_another_axis(implementation: str, axis_type: AxisType) -> None:
-    """Results are equal along ``tensor``, and typed so: ``out_specs`` need not mention it."""
-    mesh = make_mesh(axis_type, expert=R, tensor=2)
-    problem = Problem.of(5)
-    spec = P("expert")
-    got = run(
-        mesh, layer_on(implementation), (spec,) * 4, spec, flat_args(problem), flat(problem.dout)
-    )
-    close(got, flat_answers(problem))
-
-
-def test_hidden_sharded_over_another_axis(implementation: str) -> None:
-    """Each part of the hidden axis takes the same way; the weights' gradient adds up over parts."""
-    mesh = make_mesh(AUTO, tensor=2, expert=R)
-    problem = Problem.of(6)
-    x, dout = (np.concatenate([a, a[..., :1]], axis=-1) for a in (problem.x, problem.dout))
-    kept = SHAPE.plan(problem.topk_idx).kept
-    spec, split = P("expert"), P("expert", "tensor")
-    args = (flat(x), *flat_args(problem)[1:])
-    got = run(mesh, layer_on(implementation), (split, spec, spec, spec), split, args, flat(dout))
-    want = reference(
-        lambda x, w, s: dense(x, problem.topk_idx, w, s, kept),
-        (x, problem.weights, problem.scale),
-        dout,
-    )
-    close(got, jax.tree.map(lambda a: flat(np.asarray(a)), want))
-
-
-def test_tokens_replicated_over_the_expert_axis(implementation: str) -> None:
-    """Every rank sends the same tokens its own way; their gradient adds up over the ranks."""
-    mesh = make_mesh(AUTO, expert=R)
-    problem = Problem.of(7)
-    kept = SHAPE.plan(problem.topk_idx).kept
-    x = problem.x[0]
-    spec = P("expert")
-
-    def all_ranks(x, weights, scale):
-        return dense(jnp.stack([x] * R), problem.topk_idx, weights, scale, kept).reshape(-1, H)
-
-    args = (x, *flat_args(problem)[1:])
-    specs = (P(), spec, spec, spec)
-    got = run(mesh, layer_on(implementation), specs, spec, args, flat(problem.dout))
-    out, (dx, dweights, dscale) = reference(
-        all_ranks, (x, problem.weights, problem.scale), flat(problem.dout)
-    )
-    close(got, (out, (dx, flat(dweights), flat(dscale))))
-
-
-def test_routing_replicated_over_the_expert_axis(implementation: str) -> None:
-    mesh = make_mesh(AUTO, expert=R)
-    problem = Problem.of(8)
-    topk_idx = np.stack([problem.topk_idx[0]] * R)
-    weights = np.stack([problem.weights[0]] * R)
-    kept = SHAPE.plan(topk_idx).kept
-    spec = P("expert")
-    args = (flat(problem.x), topk_idx[0], weights[0], flat(problem.scale))
-
-    def all_ranks(x, weights, scale):
-        return dense(x, topk_idx, jnp.stack([weights] * R), scale, kept).reshape(-1, H)
-
-    specs = (spec, P(), P(), spec)
-    got = run(mesh, layer_on(implementation), specs, spec, args, flat(problem.dout))
-    out, (dx, dweights, dscale) = reference(
-        all_ranks, (problem.x, weights[0], problem.scale), flat(problem.dout)
-    )
-    close(got, (out, (flat(dx), dweights, flat(dscale))))
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")], ids="-".join)

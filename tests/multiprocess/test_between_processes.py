@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import test_beside_collectives
 import test_meshes
+import test_replicated_operands
 import test_transforms
+import test_vmap
 from implementations import SHARD_MAP, Row, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layers import SHAPE, Problem, close
-from test_meshes import flat_answers, flat_args, layer_on
+from layers import SHAPE, Problem, close, inside, outside
+from meshes import AUTO, EXPLICIT, flat_answers, flat_args, layer_on
 
 from jax_ep.testing import multiprocess
 
@@ -27,16 +29,16 @@ R = SHAPE.num_ranks
 def test_meshes_of_every_kind() -> None:
     """Groups along other axes, tuples of axes, axes left to the compiler, and several meshes."""
     _prepare()
-    test_meshes.test_data_and_expert("native", test_meshes.AUTO, "data_major")
-    test_meshes.test_data_and_expert("native", test_meshes.EXPLICIT, "expert_major")
+    test_meshes.test_data_and_expert("native", AUTO, "data_major")
+    test_meshes.test_data_and_expert("native", EXPLICIT, "expert_major")
     test_meshes.test_plan_fields_by_group("native")
     test_meshes.test_a_group_never_sees_another("native")
-    test_meshes.test_tokens_replicated_over_another_axis("native", test_meshes.AUTO)
-    test_meshes.test_hidden_sharded_over_another_axis("native")
-    test_meshes.test_tokens_replicated_over_the_expert_axis("native")
-    test_meshes.test_routing_replicated_over_the_expert_axis("native")
+    test_replicated_operands.test_tokens_replicated_over_another_axis("native", AUTO)
+    test_replicated_operands.test_hidden_sharded_over_another_axis("native")
+    test_replicated_operands.test_tokens_replicated_over_the_expert_axis("native")
+    test_replicated_operands.test_routing_replicated_over_the_expert_axis("native")
     for names in (("a", "b"), ("b", "a")):
-        test_meshes.test_tuple_of_axes("native", names, test_meshes.AUTO)
+        test_meshes.test_tuple_of_axes("native", names, AUTO)
     test_meshes.test_rank_is_the_place_on_the_axis_and_no_device_id("native")
     test_meshes.test_an_axis_of_one_rank("native")
     test_meshes.test_two_meshes_take_turns("native")
@@ -48,13 +50,13 @@ def test_meshes_of_every_kind() -> None:
 def test_transformations() -> None:
     _prepare()
     row = Row("native", SHARD_MAP, exact=True)
-    for differentiate in (test_transforms.outside, test_transforms.inside):
+    for differentiate in (outside, inside):
         test_transforms.test_grad(row, differentiate)
         test_transforms.test_checkpoint(row, differentiate)
     test_transforms.test_compiled_ahead_of_time(row)
     test_transforms.test_scan_over_layers(row, remat=True)
     test_transforms.test_one_plan_for_every_step_of_a_scan(row)
-    test_transforms.test_vmap_of_a_plain_axis_inside(row, test_transforms.inside)
+    test_vmap.test_vmap_of_a_plain_axis_inside(row, inside)
     test_transforms.test_one_jitted_layer_called_twice(row)
     test_transforms.test_independent_exchanges_in_one_program(row)
     test_transforms.test_many_programs_in_flight(row)

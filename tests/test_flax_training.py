@@ -1,0 +1,133 @@
+"""``jax_ep.flax.MoE`` inside of models: in several layers, under Linen, and as it is trained."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+from flax_layers import (
+    FFN_HIDDEN,
+    HIDDEN,
+    NUM_EXPERTS,
+    NUM_TOPK,
+    dense,
+    inputs,
+    make_layer,
+    on,
+    parameters,
+)
+from jax.sharding import AxisType
+
+from jax_ep import routing
+from jax_ep.flax import MoE, RouterBias
+
+
+def test_router_bias_is_trained_by_update_router_bias_alone():
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        layer = make_layer(router="sigmoid")
+        assert "router_bias" not in nnx.state(layer, nnx.Param)
+        assert set(nnx.state(layer, RouterBias)) == {"router_bias"}
+        x = jax.random.normal(jax.random.key(2), (256, HIDDEN)) + 0.3
+
+        @nnx.jit
+        def step(layer, x):
+            forward = nnx.capture(lambda layer, x: layer(x), nnx.Intermediate)
+            _, sown = forward(layer, x)
+            bias, load = layer.router_bias[...], sown["expert_load"][0]
+            layer.router_bias[...] = routing.update_router_bias(bias, load, 0.005)
+            return sown["expert_load_max_over_mean"][0]
+
+        loads = [float(step(layer, x)) for _ in range(60)]
+    assert loads[0] > 1.4
+    assert loads[-1] < 1.15
+
+
+class Tower(nnx.Module):
+    """Two layers, so that both exchange in one program."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([make_layer(), make_layer(router="sigmoid")])
+        self.head = nnx.Linear(HIDDEN, 1, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_two_layers_train_and_sow(remat):
+    def loss(model, x):
+        call = nnx.remat(lambda model, x: model(x)) if remat else lambda model, x: model(x)
+        out = call(model, x)
+        return jnp.mean((out - 1) ** 2)
+
+    @nnx.jit
+    def step(model, x):
+        (value, gradient) = nnx.value_and_grad(loss)(model, x)
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient))
+        return value
+
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        model, x = Tower(nnx.Rngs(1)), jnp.asarray(inputs()[0])
+        before = jax.tree.structure(nnx.state(model))
+        losses = [float(step(model, x)) for _ in range(5)]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < 0.7 * losses[0]
+        # Nothing is left behind in the model without nnx.capture: it would grow, and recompile.
+        assert jax.tree.structure(nnx.state(model)) == before
+        forward = nnx.capture(lambda model, x: model(x), nnx.Intermediate)
+        _, sown = nnx.jit(forward)(model, x)
+    for index in range(2):
+        assert int(sown["layers"][index]["expert_load"][0].sum()) == 15 * NUM_TOPK
+        assert set(sown["layers"][index]) == {
+            "load_balance_loss",
+            "router_z_loss",
+            "expert_load",
+            "expert_load_max_over_mean",
+            "rank_load_max_over_mean",
+            "dropped_fraction",
+            "recv_rows",
+            "logical_bytes",
+            "wire_bytes",
+        }
+
+
+def test_losses_can_be_trained_on_through_capture():
+    """The router's gradients from sown losses are those of the losses themselves."""
+    x = jnp.asarray(inputs()[0])
+
+    def sown_loss(layer, x):
+        _, sown = nnx.capture(lambda layer, x: layer(x), nnx.Intermediate)(layer, x)
+        return sum(sown[name][0] for name in ("load_balance_loss", "router_z_loss"))
+
+    def direct_loss(params):
+        _, balance, z, _ = dense(params, x)
+        return balance + z
+
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        layer = make_layer()
+        got = nnx.jit(nnx.grad(sown_loss))(layer, x)["router_kernel"][...]
+    want = jax.grad(direct_loss)(parameters(layer))["router_kernel"]
+    assert np.any(np.abs(want) > 1e-3)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_linen():
+    x = jnp.asarray(inputs()[0])
+    arguments = (HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK)
+    layer = bridge.ToLinen(MoE, args=arguments, kwargs={"router": "sigmoid"})
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        variables = jax.jit(layer.init)(jax.random.key(0), x)
+        out = jax.jit(layer.apply)(variables, x)
+        again, aux = layer.apply(variables, x, nnx_method="apply_with_aux")
+    assert set(variables["params"]) == {"router_kernel", "w_gate", "w_up", "w_down"}
+    params = {name: np.asarray(getattr(p, "value", p)) for name, p in variables["params"].items()}
+    want, balance, _, _ = dense(params, x, bias=jnp.zeros(NUM_EXPERTS))
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(aux["load_balance_loss"], balance, rtol=1e-5)
