@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict dtype promotion, warnings as errors, and the table's fixtures."""
+"""Eight CPU devices, strict dtype promotion, warnings as errors; the table's fixtures and marks."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks what runs pure JAX, by the row or the name that the test is given."""
+    callspec = getattr(item, "callspec", None)
+    if callspec and any(map(_is_pure_jax, callspec.params.values())):
+        item.add_marker(pytest.mark.xla)
+
+
+def _is_pure_jax(value: object) -> bool:
+    if isinstance(value, Row):
+        return value.implementation == "xla"
+    return isinstance(value, str) and value == "xla"
+
+
 @pytest.fixture(scope="session", params=ROWS, ids=str)
 def row(request: pytest.FixtureRequest) -> Row:
     """Each implementation on each fabric."""
@@ -57,7 +70,7 @@ LAYER_ROWS = [row for row in ROWS if row.serves(4) and str(row) != "xla-vmap"]
 
 @pytest.fixture(scope="session", params=LAYER_ROWS, ids=str)
 def layer_row(request: pytest.FixtureRequest) -> Row:
-    """The same but for collectives under ``vmap``, for what takes long to compile.
+    """The same but for collectives under ``vmap``: for dtypes, widths and whole layers.
 
     There the library does nothing that the conformance tests do not see: batching is JAX's.
     """

@@ -111,7 +111,7 @@ class Row:
         )
 
 
-ROWS = [
+ALL_ROWS = [
     Row("xla", SHARD_MAP, exact=False),
     Row("xla", VMAP, exact=False),
     Row("xla", ONE, exact=False),
@@ -122,6 +122,22 @@ ROWS = [
     Row("native", ONE, exact=True, platform="gpu"),
 ]
 NAMES = ("xla", "native")
+
+
+def rows_for(jax_platforms: str | None, gpu_demanded: bool) -> list[Row]:
+    """Chooses the rows of the platform that JAX is told to use, and of GPUs if they have to run.
+
+    The others could only be skipped, hundreds of times a run. `test_rows.py` names them once.
+    """
+    if not jax_platforms:
+        return ALL_ROWS
+    first = jax_platforms.split(",")[0]
+    platforms = {"gpu" if first == "cuda" else first} | ({"gpu"} if gpu_demanded else set())
+    return [row for row in ALL_ROWS if row.platform in platforms]
+
+
+# To ask for the default backend would start it, before some tests' processes have set it up.
+ROWS = rows_for(os.environ.get("JAX_PLATFORMS"), os.environ.get("JAX_EP_REQUIRE_GPU") == "1")
 
 
 def require(implementation: str, platform: str = "cpu") -> None:

@@ -257,6 +257,7 @@ def hessian_in_tokens_and_weights(f):
     return lambda primals, _: jax.hessian(scalar(f), (0, 1))(*primals)
 
 
+@pytest.mark.composes
 @pytest.mark.parametrize("derive", [jvp, gradient_of_gradient, hessian_in_tokens_and_weights])
 def test_moe(row: Row, derive) -> None:
     """SwiGLU experts are smooth, and grouped_matmul is linear in rows and in matrices."""

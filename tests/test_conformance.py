@@ -48,9 +48,9 @@ def test_rows_that_nobody_names_never_reach_a_result(row: Row, case: Case) -> No
 
 @pytest.mark.parametrize("dtype", HALF_AND_DOUBLE, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("routing", [strategies.distinct, strategies.duplicates])
-def test_other_dtypes_of_sums(ranks_row: Row, routing: strategies.Routing, dtype: type) -> None:
+def test_other_dtypes_of_sums(layer_row: Row, routing: strategies.Routing, dtype: type) -> None:
     """The parts are rounded to the dtype of the rows on the wire, or summed in float64."""
-    result = Answers.of(ranks_row, TIGHT, routing(TIGHT), dtype)
+    result = Answers.of(layer_row, TIGHT, routing(TIGHT), dtype)
     inputs = result.inputs
     result.same_rows("sent")
     result.same_sum("out", inputs.rows, inputs.weights)
@@ -87,7 +87,7 @@ COPIED_WIDE = [np.float64, np.int64, np.uint64]
 
 
 @pytest.mark.parametrize("dtypes", [COPIED, COPIED_WIDE], ids=["up_to_four_bytes", "eight_bytes"])
-def test_dispatch_copies_every_bit(ranks_row: Row, dtypes: list[type]) -> None:
+def test_dispatch_copies_every_bit(layer_row: Row, dtypes: list[type]) -> None:
     """Tokens of any dtype and any bits: NaN with their payloads, denormals, negative zeros."""
     rng = np.random.default_rng(9)
     topk_idx = strategies.distinct(TIGHT)
@@ -99,11 +99,11 @@ def test_dispatch_copies_every_bit(ranks_row: Row, dtypes: list[type]) -> None:
     named = [strategies.payload(TIGHT, np.dtype(d)) for d in dtypes]
 
     def per_rank(topk_idx, tokens):
-        plan = make_plan(ranks_row, TIGHT, topk_idx)
+        plan = make_plan(layer_row, TIGHT, topk_idx)
         return [jax_ep.dispatch(x, plan) for x in tokens]
 
     with jax.enable_x64(dtypes is COPIED_WIDE):
-        program = ranks_row.jit(per_rank, TIGHT.num_ranks)
+        program = layer_row.jit(per_rank, TIGHT.num_ranks)
         for tokens in (named, wild):
             for x, rows in zip(tokens, program(topk_idx, tokens), strict=True):
                 want = _dispatch_bits(x, plan)
@@ -116,13 +116,13 @@ def _dispatch_bits(x: np.ndarray, plan: oracle.Plan) -> np.ndarray:
     return oracle.dispatch(bits, plan).view(x.dtype)
 
 
-def test_hidden_sizes(ranks_row: Row) -> None:
+def test_hidden_sizes(layer_row: Row) -> None:
     """Widths around those of native code's vector registers and blocks, with their odd ends."""
     topk_idx = strategies.distinct(TIGHT)
     plan = TIGHT.plan(topk_idx)
     rng = np.random.default_rng(10)
     weights = rng.normal(size=topk_idx.shape).astype(np.float32)
-    native = ranks_row.implementation == "native"
+    native = layer_row.implementation == "native"
     tokens = [
         rng.normal(size=(*topk_idx.shape[:2], hidden)).astype(dtype)
         for hidden in ((1, 2, 3, 8, 15, 16, 17, 63, 1030) if native else (1, 2, 130))
@@ -130,16 +130,16 @@ def test_hidden_sizes(ranks_row: Row) -> None:
     ]
 
     def per_rank(topk_idx, weights, tokens):
-        plan = make_plan(ranks_row, TIGHT, topk_idx)
+        plan = make_plan(layer_row, TIGHT, topk_idx)
         sent = [jax_ep.dispatch(x, plan) for x in tokens]
         return sent, [jax_ep.combine(rows, plan, weights) for rows in sent]
 
-    sent, out = ranks_row.jit(per_rank, TIGHT.num_ranks)(topk_idx, weights, tokens)
+    sent, out = layer_row.jit(per_rank, TIGHT.num_ranks)(topk_idx, weights, tokens)
     for x, rows, sums in zip(tokens, sent, out, strict=True):
         want = oracle.dispatch(x, plan)
         same_bits(np.asarray(rows), want, f"dispatch of {x.dtype} {x.shape}")
         same_sums(
-            ranks_row, np.asarray(sums), plan, want, weights, f"combine of {x.dtype} {x.shape}"
+            layer_row, np.asarray(sums), plan, want, weights, f"combine of {x.dtype} {x.shape}"
         )
 
 

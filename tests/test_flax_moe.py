@@ -35,6 +35,7 @@ MESHES = {
 }
 
 
+@pytest.mark.composes
 @pytest.mark.parametrize(("kind", "axes"), MESHES.values(), ids=MESHES)
 def test_is_the_dense_formula_forward_and_backward(implementation, kind, axes):
     with on(kind, axes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from implementations import ROWS, VMAP, Row
+from implementations import ALL_ROWS, VMAP, Row
 from layers import SHAPE, Problem, close
 
 import jax_ep
@@ -13,7 +13,7 @@ REPLAYS = 1000
 
 
 def gpu_row() -> Row:
-    (row,) = (row for row in ROWS if row.platform == "gpu" and row.fabric is VMAP)
+    (row,) = (row for row in ALL_ROWS if row.platform == "gpu" and row.fabric is VMAP)
     row.require()
     return row
 

@@ -61,12 +61,12 @@ def test_dropped_choices_take_no_part_whatever_they_hold(ranks_row: Row) -> None
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
-def test_weights_get_float32_whatever_the_rows_are(ranks_row: Row, dtype: type) -> None:
-    Answers.of(ranks_row, TIGHT, strategies.distinct(TIGHT), dtype).close_dots()
+def test_weights_get_float32_whatever_the_rows_are(layer_row: Row, dtype: type) -> None:
+    Answers.of(layer_row, TIGHT, strategies.distinct(TIGHT), dtype).close_dots()
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
-def test_one_byte_cotangents_are_summed_in_float32(ranks_row: Row, dtype: type) -> None:
+def test_one_byte_cotangents_are_summed_in_float32(layer_row: Row, dtype: type) -> None:
     topk_idx = strategies.duplicates(BASE)
     plan = BASE.plan(topk_idx)
     x = strategies.payload(BASE, np.dtype(dtype))
@@ -74,11 +74,11 @@ def test_one_byte_cotangents_are_summed_in_float32(ranks_row: Row, dtype: type) 
     drows = strategies.poisoned(shape, plan.named, np.dtype(dtype), seed=6)
 
     def per_rank(topk_idx, x, drows):
-        plan = make_plan(ranks_row, BASE, topk_idx)
+        plan = make_plan(layer_row, BASE, topk_idx)
         return jax.vjp(lambda x: jax_ep.dispatch(x, plan), x)[1](drows)[0]
 
-    dx = np.asarray(ranks_row.jit(per_rank, BASE.num_ranks)(topk_idx, x, drows))
-    same_sums(ranks_row, dx, plan, drows, None, "dx")
+    dx = np.asarray(layer_row.jit(per_rank, BASE.num_ranks)(topk_idx, x, drows))
+    same_sums(layer_row, dx, plan, drows, None, "dx")
 
 
 def test_integers_ride_along_under_grad(ranks_row: Row) -> None:

@@ -25,6 +25,8 @@ from meshes import (
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 R, T, H = SHAPE.num_ranks, SHAPE.num_tokens, SHAPE.hidden
 
 

@@ -14,6 +14,8 @@ from strategies import Shape, a_rank_receives_nothing, distinct, duplicates, not
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 FFN_HIDDEN = 5
 SHAPES = {
     "drops_nothing": (Shape(), distinct),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from layers import SHAPE, Problem, close, dense, reference
 from meshes import AUTO, both_axis_types, flat, flat_answers, flat_args, layer_on, make_mesh, run
+
+pytestmark = pytest.mark.composes
 
 R, H = SHAPE.num_ranks, SHAPE.hidden
 

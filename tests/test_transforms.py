@@ -24,6 +24,8 @@ from layers import (
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 R = SHAPE.num_ranks
 
 
