@@ -44,6 +44,7 @@ lint-python: $(PACKAGE) $(TOOLS)
 	$(BIN)/lint-imports --no-cache
 
 lint-native-format: $(TOOLS)
+	$(RUN) ffi/check_includes.py
 	$(CXX_FILES) | xargs $(BIN)/clang-format --dry-run -Werror
 
 # clang reads the kernels for GPUs as the C++ that they are on the emulated device.

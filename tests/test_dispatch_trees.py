@@ -16,6 +16,7 @@ import jax_ep
 
 SHAPE = Shape(num_ranks=4, num_tokens=6, num_topk=3, num_experts=8, hidden=5, capacity=24)
 TOPK_IDX = duplicates(SHAPE)
+X = np.zeros((6, 7), np.float32)
 
 
 def tokens() -> dict[str, np.ndarray]:
@@ -109,16 +110,30 @@ def test_it_is_one_exchange(over_ranks, implementation: str) -> None:
             topk_idx, num_experts=8, axis_name=AXIS, implementation=implementation
         )
         rows = jax_ep.dispatch(floats, plan)
-        return sum(jnp.sum(row.astype(jnp.float32)) for row in jax.tree.leaves(rows))[None]
+        return jnp.sum(jnp.stack([jnp.sum(r.astype(jnp.float32)) for r in rows.values()]))
 
     floats = {name: tokens()[name] for name in ("scales", "x", "quantised")}
-    f = over_ranks(lambda idx, x: jax.grad(lambda x: loss(idx, x)[0])(x), 4)
+    f = over_ranks(lambda idx, x: jax.grad(lambda x: loss(idx, x))(x), 4)
     if implementation == "native":
         text = jax.jit(f).lower(TOPK_IDX, floats).as_text()
         assert text.count("@jax_ep_reduce_rows") == 1
         text = jax.jit(over_ranks(loss, 4)).lower(TOPK_IDX, floats).as_text()
         assert text.count("@jax_ep_gather_rows") == 1
     assert str(jax.make_jaxpr(f)(TOPK_IDX, floats)).count("op=reduce_rows") == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ({"x": X, "scales": np.zeros(5)}, ValueError, r"x\['scales'\] must have .* got \[5\]"),
+        ((X, "text"), TypeError, r"x\[1\] must be an array .* got str"),
+        ([X.astype(np.complex64)], TypeError, r"x\[0\] must hold floats .* got complex64"),
+    ],
+)
+def test_errors_name_the_leaf(x: object, error: type[Exception], message: str) -> None:
+    plan = jax_ep.make_plan(TOPK_IDX[0], num_experts=8, implementation="xla")
+    with pytest.raises(error, match=message):
+        jax_ep.dispatch(x, plan)
 
 
 def test_batches_are_independent(implementation: str) -> None:

@@ -9,8 +9,6 @@
 
 namespace jax_ep {
 
-using PlanArrays = PlanOutputs;
-
 // What the sizes of a plan's arrays follow from.
 struct PlanSizes {
   std::int64_t num_ranks;

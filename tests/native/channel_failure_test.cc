@@ -370,13 +370,14 @@ void CheckOtherSizes(std::vector<std::int64_t> bytes, const std::string& sizes) 
 }
 
 EP_TEST(ProcessesThatLendDifferentBuffersFail) {
-  CheckOtherSizes(
-      {256, 128}, "; a rank publishes 320 bytes in the one and 384 bytes in the other");
+  CheckOtherSizes({256, 128},
+                  "; a rank publishes 320 bytes in the one and 384 bytes in the other");
   CheckOtherSizes({256, 64, 0},
                   "; a rank lends 2 buffers in the one and 3 in the other");
   CheckOtherSizes({}, "; a rank lends 2 buffers in the one and 0 in the other");
-  CheckOtherSizes({64, 256},
-                  "; a rank publishes 320 bytes in both, but not the same of each buffer");
+  CheckOtherSizes(
+      {64, 256},
+      "; a rank publishes 320 bytes in both, but not the same of each buffer");
 }
 
 // A name longer than what processes share of it is cut, not run over.

@@ -32,7 +32,8 @@ std::vector<std::int64_t> BytesOfTurn(std::int64_t site, std::int64_t turn) {
   std::vector<std::int64_t> bytes(rng() % 5);
   for (std::int64_t& of_buffer : bytes) {
     const std::uint64_t kind = turn % 11 == 10 ? 0 : rng() % 6;
-    of_buffer = kind == 0 ? 0 : static_cast<std::int64_t>(rng() % (kind == 1 ? 4000 : 200));
+    of_buffer =
+        kind == 0 ? 0 : static_cast<std::int64_t>(rng() % (kind == 1 ? 4000 : 200));
   }
   return bytes;
 }
@@ -111,11 +112,12 @@ EP_TEST(TheLeadersOrderWins) {
       std::vector<std::pair<SpanCall, PendingSpanCall>> calls;
       for (std::int64_t i = 0; i < kSites; ++i) {
         const std::int64_t site = (i * (rank == 1 ? 5 : 1) + rank) % kSites;
-        const SpanCall call = {.site = site,
-                               .run_id = run,
-                               .print = {.op = "combine", .rows = site, .row_bytes = run},
-                               .rank = static_cast<std::int32_t>(rank),
-                               .bytes = BytesOfTurn(site, run)};
+        const SpanCall call = {
+            .site = site,
+            .run_id = run,
+            .print = {.op = "combine", .rows = site, .row_bytes = run},
+            .rank = static_cast<std::int32_t>(rank),
+            .bytes = BytesOfTurn(site, run)};
         Dawdle(rng);
         calls.emplace_back(call, job.Attend(call));
       }

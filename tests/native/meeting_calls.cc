@@ -103,25 +103,25 @@ void Attend(MeetingPoint& point, const Call& call, const Schedule& schedule,
       std::make_shared<std::unique_ptr<Buffers>>(std::make_unique<Buffers>(call));
   Buffers* buffers = owner->get();
   const auto ended = std::make_shared<std::atomic<bool>>(false);
-  point.Attend(
-      {.key = call.key,
-       .print = call.print,
-       .rank = call.rank,
-       .num_ranks = call.num_ranks,
-       .lent = buffers->Lend(),
-       .make_work =
-           [buffers](const PeerTables& tables) {
-             buffers->peers = tables;
-             return buffers->Works();
-           },
-       .done =
-           [owner, ended, next = std::move(next)](const auto& failure) {
-             if (!EP_CHECK(!ended->exchange(true))) return;
-             Outcome outcome = {.failure = failure, .sums = std::move((*owner)->sums)};
-             owner->reset();
-             next(outcome);
-           },
-       .schedule = schedule});
+  point.Attend({.key = call.key,
+                .print = call.print,
+                .rank = call.rank,
+                .num_ranks = call.num_ranks,
+                .lent = buffers->Lend(),
+                .make_work =
+                    [buffers](const PeerTables& tables) {
+                      buffers->peers = tables;
+                      return buffers->Works();
+                    },
+                .done =
+                    [owner, ended, next = std::move(next)](const auto& failure) {
+                      if (!EP_CHECK(!ended->exchange(true))) return;
+                      Outcome outcome = {.failure = failure,
+                                         .sums = std::move((*owner)->sums)};
+                      owner->reset();
+                      next(outcome);
+                    },
+                .schedule = schedule});
 }
 
 struct PendingCall::State {

@@ -166,46 +166,45 @@ PendingSpanCall::PendingSpanCall(MeetingPoint& point, std::shared_ptr<const Span
   const auto owner = std::make_shared<std::unique_ptr<Buffers>>(
       std::make_unique<Buffers>(call, num_ranks));
   Buffers* buffers = owner->get();
-  point.Attend({// A process has its own number for the call.
-                .key = {.run_id = call.run_id + span->first_run,
-                        .call_site = call.site + std::int64_t{100} * here,
-                        .group = call.group},
-                .print = call.print,
-                .rank = call.rank,
-                .num_ranks = static_cast<std::int32_t>(num_ranks),
-                .lent = buffers->Lend(),
-                .make_work =
-                    [buffers](const PeerTables& tables) {
-                      buffers->peers = tables;
-                      return std::vector<Work>{
-                          {.args = buffers,
-                           .run = LookAtAll,
-                           .num_chunks = buffers->call.num_chunks}};
-                    },
-                .done =
-                    [owner, state = state_](const auto& failure) {
-                      if (!EP_CHECK(*owner != nullptr)) return;  // told twice
-                      state->outcome = {.failure = failure,
-                                        .num_right = (*owner)->num_right,
-                                        .num_wrong = (*owner)->num_wrong};
-                      owner->reset();
-                      state->ended = true;
-                      state->ended.notify_all();
-                    },
-                .schedule = schedule,
-                .span = std::move(span),
-                .make_publication =
-                    [buffers](const std::vector<void*>& places) {
-                      EP_CHECK_EQ(places.size(), buffers->lent.size());
-                      for (std::size_t i = 0; i < places.size(); ++i) {
-                        EP_CHECK_EQ(places[i] != nullptr, buffers->call.bytes[i] > 0);
-                      }
-                      buffers->places = places;
-                      return std::vector<Work>{
-                          {.args = buffers,
-                           .run = CopyOut,
-                           .num_chunks = buffers->call.num_chunks}};
-                    }});
+  point.Attend(
+      {// A process has its own number for the call.
+       .key = {.run_id = call.run_id + span->first_run,
+               .call_site = call.site + std::int64_t{100} * here,
+               .group = call.group},
+       .print = call.print,
+       .rank = call.rank,
+       .num_ranks = static_cast<std::int32_t>(num_ranks),
+       .lent = buffers->Lend(),
+       .make_work =
+           [buffers](const PeerTables& tables) {
+             buffers->peers = tables;
+             return std::vector<Work>{{.args = buffers,
+                                       .run = LookAtAll,
+                                       .num_chunks = buffers->call.num_chunks}};
+           },
+       .done =
+           [owner, state = state_](const auto& failure) {
+             if (!EP_CHECK(*owner != nullptr)) return;  // told twice
+             state->outcome = {.failure = failure,
+                               .num_right = (*owner)->num_right,
+                               .num_wrong = (*owner)->num_wrong};
+             owner->reset();
+             state->ended = true;
+             state->ended.notify_all();
+           },
+       .schedule = schedule,
+       .span = std::move(span),
+       .make_publication =
+           [buffers](const std::vector<void*>& places) {
+             EP_CHECK_EQ(places.size(), buffers->lent.size());
+             for (std::size_t i = 0; i < places.size(); ++i) {
+               EP_CHECK_EQ(places[i] != nullptr, buffers->call.bytes[i] > 0);
+             }
+             buffers->places = places;
+             return std::vector<Work>{{.args = buffers,
+                                       .run = CopyOut,
+                                       .num_chunks = buffers->call.num_chunks}};
+           }});
 }
 
 bool PendingSpanCall::HasEnded() const { return state_->ended; }
