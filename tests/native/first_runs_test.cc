@@ -18,6 +18,8 @@
 
 #include "check.h"
 #include "fabric/processes/host.h"
+#include "fabric/threads/call_log.h"
+#include "stderr_pipe.h"
 #include "threads.h"
 
 namespace jax_ep {
@@ -150,6 +152,27 @@ EP_TEST(CallsAreRemembered) {
   EP_CHECK_EQ(found->first_run, 3);
   EP_CHECK(!side.runs().Find(7, 12));
   EP_CHECK(!side.runs().Find(8, 11));
+}
+
+EP_TEST(FirstRunsAreLogged) {
+  StderrPipe pipe;
+  Side one(0, kShort);
+  Side other(1, kLong);
+  Introduce(one, other);
+  SetLogsCalls(true);
+  const FirstRuns::Outcome outcome = one.Begin(3).get();
+  SetLogsCalls(false);
+  EP_CHECK(outcome.failure.has_value());
+  const std::string text = pipe.Read();
+  const std::string where =
+      " the first run of dispatch (run 103, call 3 of this process)";
+  for (const std::string& part :
+       {"jax_ep: rank 0 of 2 in process 0 came to" + where + "\n",
+        "jax_ep: rank 0 of 2 in process 0 failed in" + where + " after ",
+        "ms: " + outcome.failure.value_or("")}) {
+    const Case which("looking for \"" + part + "\" in \"" + text + "\"");
+    EP_CHECK(text.find(part) != std::string::npos);
+  }
 }
 
 }  // namespace

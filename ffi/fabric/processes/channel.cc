@@ -1,3 +1,5 @@
+// Implements channel.h: the protocol, step by step.
+
 #include "fabric/processes/channel.h"
 
 #if defined(__x86_64__)
@@ -19,18 +21,19 @@
 #include <variant>
 #include <vector>
 
-#include "fabric/processes/describe_words.h"
+#include "fabric/processes/channel_errors.h"
 #include "fabric/processes/futex.h"
 #include "fabric/processes/shared_print.h"
 #include "fabric/processes/window.h"
-#include "fabric/threads/describe.h"
+#include "fabric/processes/window_buffers.h"
 #include "fabric/threads/report.h"
 #include "fabric/work/cores.h"
 
 namespace jax_ep {
 namespace {
 
-// Longer than a process that runs takes to answer, shorter than waking one up.
+// How long a wait for another process looks without pause before it sleeps: longer than
+// a process that runs takes to answer, shorter than waking one up.
 constexpr std::chrono::microseconds kSpin{30};
 
 void Pause() {
@@ -121,35 +124,42 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
                                  std::min(timeout_, kLongestWait));
   if (!is_connected_) failure = ConnectToOthers();
   if (failure) return nullptr;
+  failure = NameExchange(name);
+  if (failure) return nullptr;
+  return FindMeeting(name, failure);
+}
+
+// Names the exchange that its own ranks have come to, if it leads; otherwise waits for
+// the leader to name one, which may be another.
+Channel::Failure Channel::NameExchange(ExchangeName& name) {
   ProcessWords& own = own_->words();
   own.came_to.store(Digest(name), std::memory_order_relaxed);
   if (leads()) {
     own.names[HalfOf(epoch_)] = name;
     own.announced.store(epoch_, std::memory_order_release);
     Ring(own.bell);
-  } else {
-    Enter(Phase::kFollowing);
-    Neighbor& leader = **std::ranges::find_if(
-        neighbors_, [&](const auto& n) { return n->process() == process_of_[0]; });
-    failure = Await(
-        leader,
-        [this](const ProcessWords& words) {
-          return words.announced.load(std::memory_order_acquire) >= epoch_;
-        },
-        "named the exchange");
-    if (failure) return nullptr;
-    name = leader.words().names[HalfOf(epoch_)];
-    Enter(Phase::kMeeting);
+    return std::nullopt;
   }
-  return FindMeeting(name, failure);
+  Enter(Phase::kFollowing);
+  Neighbor& leader = **std::ranges::find_if(
+      neighbors_, [&](const auto& n) { return n->process() == process_of_[0]; });
+  Failure failure = Await(
+      leader,
+      [this](const ProcessWords& words) {
+        return words.announced.load(std::memory_order_acquire) >= epoch_;
+      },
+      "named the exchange");
+  if (failure) return failure;
+  name = leader.words().names[HalfOf(epoch_)];
+  Enter(Phase::kMeeting);
+  return std::nullopt;
 }
 
 // Shows this process's words to the others.
 Channel::Failure Channel::OpenOwn() {
   phase_ = Phase::kConnecting;
   auto own = options_.open();
-  if (auto* problem = std::get_if<std::string>(&own))
-    return Here() + " and " + *problem;
+  if (auto* problem = std::get_if<std::string>(&own)) return Trouble(Now(), *problem);
   own_ = std::move(std::get<std::unique_ptr<Showcase>>(own));
   return std::nullopt;
 }
@@ -157,9 +167,9 @@ Channel::Failure Channel::OpenOwn() {
 Channel::Failure Channel::ConnectToOthers() {
   if (Failure failure = OpenOwn()) return failure;
   Enter(Phase::kConnecting);
-  auto neighbors = options_.connect(deadline_, [this] { return Interruption(); });
+  auto neighbors = options_.connect(deadline_, [this] { return WhatStopsIt(); });
   if (auto* problem = std::get_if<std::string>(&neighbors)) {
-    return Here() + " and " + *problem;
+    return Trouble(Now(), *problem);
   }
   neighbors_ = std::move(std::get<Neighbors>(neighbors));
   is_connected_ = true;
@@ -176,11 +186,7 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
     return stopping_ || failure_ || found != waiting_.end();
   };
   if (!changed_.wait_until(lock, deadline_, is_there)) {
-    failure = Here() + " and process " + std::to_string(process_of_[0]) +
-              ", which leads, had named execution " + std::to_string(name.execution) +
-              " of call " + std::to_string(name.site) + ", but " + Seconds(timeout_) +
-              " later " + Ranks(here_) + " had come to " +
-              Describe(waiting_.front()->print) + " instead";
+    failure = OtherCallTrouble(Now(), name, waiting_.front()->print);
     return nullptr;
   }
   if (stopping_) return nullptr;
@@ -192,6 +198,7 @@ std::shared_ptr<Meeting> Channel::FindMeeting(const ExchangeName& name,
 }
 
 Channel::Failure Channel::Exchange(Meeting& meeting) {
+  if (Failure failure = AwaitReaders()) return failure;
   if (Failure failure = Publish(meeting)) return failure;
   if (Failure failure = AwaitOthers(meeting)) return failure;
   if (Failure failure = FillTables(meeting)) return failure;
@@ -205,8 +212,8 @@ Channel::Failure Channel::Exchange(Meeting& meeting) {
   return std::nullopt;
 }
 
-// Fills the half of this epoch, once everybody has finished with what it held.
-Channel::Failure Channel::Publish(Meeting& meeting) {
+// Waits until everybody has finished with what the half of this epoch held.
+Channel::Failure Channel::AwaitReaders() {
   Enter(Phase::kReusing);
   for (const auto& neighbor : neighbors_) {
     Failure failure = Await(
@@ -217,28 +224,20 @@ Channel::Failure Channel::Publish(Meeting& meeting) {
         "finished with the one before the last");
     if (failure) return failure;
   }
+  return std::nullopt;
+}
+
+// Fills the half of this epoch.
+Channel::Failure Channel::Publish(const Meeting& meeting) {
   Enter(Phase::kPublishing);
   const HalfLayout layout(meeting.shared_bytes);
   const std::size_t half = HalfOf(epoch_);
   const std::size_t bytes = layout.BytesOf(meeting.num_expected);
   std::string problem;
   char* window = own_->Half(half, bytes, problem);
-  if (window == nullptr) {
-    return Here() + " and could not make its window hold " + std::to_string(bytes) +
-           " bytes: " + problem;
-  }
-  std::vector<Work> works;
-  std::vector<void*> places(meeting.shared_bytes.size());
-  std::size_t index = 0;
-  for (const MakePublication& publication : meeting.publications) {
-    if (publication == nullptr) continue;
-    for (std::size_t lent = 0; lent < places.size(); ++lent) {
-      places[lent] = layout.Place(window, index, lent);
-    }
-    std::ranges::copy(publication(places), std::back_inserter(works));
-    ++index;
-  }
-  RunTogether(std::move(works), options_.schedule, options_.max_threads);
+  if (window == nullptr) return OwnWindowTrouble(Now(), bytes, problem);
+  RunTogether(PublicationWorks(meeting, layout, window), options_.schedule,
+              options_.max_threads);
   ProcessWords& own = own_->words();
   own.prints[half] = Share(meeting.print, meeting.shared_bytes);
   own.published.store(epoch_, std::memory_order_release);
@@ -258,9 +257,7 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
     if (failure) return failure;
     const SharedPrint theirs = neighbor->words().prints[HalfOf(epoch_)];
     if (theirs != print) {
-      return "in epoch " + std::to_string(epoch_) + " " +
-             DescribeMismatch(CallerOf(Ranks(here_), print),
-                              CallerOf(Ranks(neighbor->process()), theirs));
+      return MismatchTrouble(Now(), print, neighbor->process(), theirs);
     }
   }
   return std::nullopt;
@@ -276,17 +273,9 @@ Channel::Failure Channel::FillTables(Meeting& meeting) {
     const char* window =
         neighbor->Half(HalfOf(epoch_), layout.BytesOf(num_ranks), problem);
     if (window == nullptr) {
-      return Here() + " and could not map the window of " + Ranks(neighbor->process()) +
-             ": " + problem;
+      return WindowTrouble(Now(), neighbor->process(), problem);
     }
-    std::size_t index = 0;
-    for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
-      if (process_of_[rank] != neighbor->process()) continue;
-      for (std::size_t lent = 0; lent < meeting.shared_bytes.size(); ++lent) {
-        meeting.SetBuffer(lent, rank, layout.Place(window, index, lent));
-      }
-      ++index;
-    }
+    FindBuffers(meeting, layout, window, neighbor->process());
   }
   return std::nullopt;
 }
@@ -304,15 +293,19 @@ Channel::Failure Channel::Await(Neighbor& neighbor,
     const bool was_alive = neighbor.alive();
     if (done(words)) return std::nullopt;
     const Clock::time_point now = Clock::now();
-    if (!was_alive || now >= deadline_) return Trouble(neighbor, what);
-    if (const Neighbor* quitter = Quitter()) return Trouble(*quitter, what);
-    if (Failure interruption = Interruption()) return interruption;
+    if (!was_alive || now >= deadline_) {
+      return NeighborTrouble(Now(), neighbors_, neighbor, what);
+    }
+    if (const Neighbor* quitter = Quitter()) {
+      return NeighborTrouble(Now(), neighbors_, *quitter, what);
+    }
+    if (Failure failure = WhatStopsIt()) return failure;
     AwaitRing(words.bell, seen, std::min<Clock::duration>(kLook, deadline_ - now));
   }
 }
 
 // What there is to stop a wait for others.
-Channel::Failure Channel::Interruption() {
+Channel::Failure Channel::WhatStopsIt() {
   const std::scoped_lock lock(mutex_);
   if (failure_) return failure_;
   if (stopping_) return "the channel ends";
@@ -322,41 +315,22 @@ Channel::Failure Channel::Interruption() {
 // Returns a neighbor that gave up, if there is one, or rather one that ended, which may
 // be why.
 const Neighbor* Channel::Quitter() const {
-  const auto gave_up = [](const auto& neighbor) {
-    return neighbor->words().gave_up.load(std::memory_order_acquire) != 0;
-  };
-  const auto quitter = std::ranges::find_if(neighbors_, gave_up);
+  const auto quitter = std::ranges::find_if(
+      neighbors_, [](const auto& neighbor) { return neighbor->has_given_up(); });
   if (quitter == neighbors_.end()) return nullptr;
-  const auto ended = std::ranges::find_if(neighbors_, [&](const auto& neighbor) {
-    return !gave_up(neighbor) && !neighbor->alive();
+  const auto ended = std::ranges::find_if(neighbors_, [](const auto& neighbor) {
+    return !neighbor->has_given_up() && !neighbor->alive();
   });
   return (ended != neighbors_.end() ? *ended : *quitter).get();
 }
 
-Channel::Failure Channel::Trouble(const Neighbor& neighbor, const char* what) const {
-  const Epoch gave_up = neighbor.words().gave_up.load(std::memory_order_acquire);
-  const std::string us = Here() + " and " + Ranks(neighbor.process());
-  if (gave_up != 0) {
-    std::string failure = us + " had given up, in epoch " + std::to_string(gave_up) +
-                          ", " +
-                          Doing(neighbor.words().phase.load(std::memory_order_relaxed));
-    // It may have waited for any of the others.
-    for (const auto& other : neighbors_) {
-      if (other->words().gave_up.load(std::memory_order_acquire) != 0) continue;
-      failure +=
-          "; " + Ranks(other->process()) + " was last seen " + LastSeen(other->words());
-    }
-    return failure;
-  }
-  if (!neighbor.alive()) return us + " had ended, " + LastSeen(neighbor.words());
-  return us + " had not " + what + " after " + Seconds(timeout_) +
-         "; that process was last seen " + LastSeen(neighbor.words());
-}
-
-// "in epoch 5 process 0 was pulling"
-std::string Channel::Here() const {
-  return "in epoch " + std::to_string(epoch_) + " process " + std::to_string(here_) +
-         " was " + Doing(phase_);
+// For errors.
+Standing Channel::Now() const {
+  return {.process_of = process_of_,
+          .here = here_,
+          .epoch = epoch_,
+          .phase = phase_,
+          .timeout = timeout_};
 }
 
 void Channel::Enter(Phase phase) {
@@ -418,14 +392,6 @@ void Channel::Fail(const std::vector<std::shared_ptr<Meeting>>& meetings) {
       options_.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
     }
   }
-}
-
-std::string Channel::Ranks(std::int32_t process) const {
-  std::vector<std::int32_t> ranks;
-  for (std::size_t rank = 0; rank < process_of_.size(); ++rank) {
-    if (process_of_[rank] == process) ranks.push_back(static_cast<std::int32_t>(rank));
-  }
-  return RankList(ranks) + " of process " + std::to_string(process);
 }
 
 }  // namespace jax_ep

@@ -1,3 +1,6 @@
+// The exchanges of one group of ranks in several processes, from when the ranks of this
+// one have come. Made by hosts; meeting points hand exchanges to them.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_CHANNEL_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_CHANNEL_H_
 
@@ -12,53 +15,16 @@
 #include <optional>
 #include <string>
 #include <thread>
-#include <variant>
 #include <vector>
 
 #include "common/work.h"
+#include "fabric/processes/channel_errors.h"
+#include "fabric/processes/neighbor.h"
 #include "fabric/processes/process_words.h"
 #include "fabric/threads/meeting.h"
 #include "fabric/work/work_share.h"
 
 namespace jax_ep {
-
-// Another process of a channel, as seen from here.
-class Neighbor {
- public:
-  virtual ~Neighbor() = default;
-  virtual const ProcessWords& words() const = 0;
-  // One half of its window, of at least so many bytes, or null and the problem if it
-  // cannot be mapped.
-  virtual const char* Half(std::size_t half, std::size_t bytes,
-                           std::string& problem) = 0;
-  virtual bool alive() const = 0;
-  virtual std::int32_t process() const = 0;
-};
-
-// What this process shows to the others of a channel.
-class Showcase {
- public:
-  virtual ~Showcase() = default;
-  virtual ProcessWords& words() = 0;
-  virtual char* Half(std::size_t half, std::size_t bytes, std::string& problem) = 0;
-};
-
-using Neighbors = std::vector<std::unique_ptr<Neighbor>>;  // by process, ascending
-
-using Clock = std::chrono::steady_clock;
-
-// How soon the end of a process is noticed.
-inline constexpr std::chrono::milliseconds kLook{50};
-
-// Shows this process to the others of a channel. If it cannot, it says why, and has
-// told them that it gave up.
-using Open = std::function<std::variant<std::unique_ptr<Showcase>, std::string>()>;
-
-// Waits for what the others show, or says why it does not: also, and soon, when
-// `interruption` has something to say.
-using Connect = std::function<std::variant<Neighbors, std::string>(
-    Clock::time_point deadline,
-    const std::function<std::optional<std::string>()>& interruption)>;
 
 // Exchanges between the processes of one group of ranks, in the protocol of
 // docs/protocol.md. The ranks of a process come together first; then a thread of the
@@ -93,23 +59,23 @@ class Channel : public Relay {
   void Serve();
   Failure OpenOwn();
   Failure ConnectToOthers();
-  Failure Interruption();
+  Failure WhatStopsIt();
   std::shared_ptr<Meeting> NextMeeting(Failure& failure);
+  Failure NameExchange(ExchangeName& name);
   std::shared_ptr<Meeting> FindMeeting(const ExchangeName& name, Failure& failure);
   Failure Exchange(Meeting& meeting);
-  Failure Publish(Meeting& meeting);
+  Failure AwaitReaders();
+  Failure Publish(const Meeting& meeting);
   Failure AwaitOthers(const Meeting& meeting);
   Failure FillTables(Meeting& meeting);
   Failure Await(Neighbor& neighbor,
                 const std::function<bool(const ProcessWords&)>& done, const char* what);
   const Neighbor* Quitter() const;
-  Failure Trouble(const Neighbor& neighbor, const char* what) const;
-  std::string Here() const;
+  Standing Now() const;
   void Enter(Phase phase);
   void ShareCores(ProcessWords& own) const;
   void GiveUp(const std::string& why, std::vector<std::shared_ptr<Meeting>> meetings);
   void Fail(const std::vector<std::shared_ptr<Meeting>>& meetings);
-  std::string Ranks(std::int32_t process) const;
   bool leads() const { return process_of_[0] == here_; }
 
   const std::vector<std::int32_t> process_of_;

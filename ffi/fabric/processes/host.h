@@ -1,10 +1,9 @@
+// This process's place among those of its job: its board, the others', its channels.
+// Made once by ffi/bind/cpu; first runs look at boards through it.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_HOST_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_HOST_H_
 
-#include <sys/types.h>
-
-#include <array>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -18,38 +17,16 @@
 #include <variant>
 #include <vector>
 
+#include "fabric/processes/board.h"
 #include "fabric/processes/channel.h"
+#include "fabric/processes/neighbor.h"
+#include "fabric/processes/other_process.h"
 #include "fabric/processes/process_words.h"
 #include "fabric/processes/shared_file.h"
 #include "fabric/threads/meeting.h"
 #include "fabric/work/crew.h"
 
 namespace jax_ep {
-
-// What a process shows to all others of its job: the words of each of its channels.
-struct Board {
-  static constexpr std::size_t kMaxChannels = 1024;
-
-  static constexpr std::size_t kMaxRanks = 4096;
-
-  // How often a rank has begun to run a call for the first time, and how often it has
-  // seen all others of its group do so.
-  struct FirstRunsOfRank {
-    std::atomic<std::uint64_t> key;  // of group and rank; 0: nobody's
-    std::atomic<std::int32_t> begun;
-    std::atomic<std::int32_t> met;
-  };
-
-  Bell opened;  // rung after words got their key
-  std::array<ProcessWords, kMaxChannels> words;
-  std::array<FirstRunsOfRank, kMaxRanks> first_runs;
-};
-
-// Where to find a process's board.
-struct BoardAddress {
-  pid_t process;
-  int number;
-};
 
 // This process among those of its job that run on the same host.
 class Host {
@@ -93,30 +70,22 @@ class Host {
   void set_on_phase(std::function<void(Phase, Epoch)> on_phase);
 
  private:
-  class Other;
-  class OtherChannel;
-  class OwnChannel;
-  class Search;
-  using Interruption = std::function<std::optional<std::string>()>;
   using ChannelKey = std::pair<std::vector<std::int32_t>, std::int64_t>;
 
   Host(std::int32_t here, std::unique_ptr<SharedFile> file, Board* board,
        Timeout timeout);
-  const Other* Find(std::int32_t process);
-  std::variant<Neighbors, std::string> ConnectTo(const ChannelKey& key,
-                                                 Clock::time_point deadline,
-                                                 const Interruption& interruption);
+  const OtherProcess* Find(std::int32_t process);
   void OnPhase(Phase phase, Epoch epoch);
-  std::variant<std::unique_ptr<Showcase>, std::string> OpenOwn(std::uint64_t key);
-  std::vector<const Other*> OthersOf(const ChannelKey& key);
+  std::variant<std::unique_ptr<Showcase>, std::string> Show(const ChannelKey& key);
+  std::vector<const OtherProcess*> OthersOf(const ChannelKey& key);
 
   const std::unique_ptr<SharedFile> file_;
   Board* const board_;
   const Timeout timeout_;
   const std::int32_t here_;
 
-  std::mutex mutex_;                                       // guards all below
-  std::map<std::int32_t, std::unique_ptr<Other>> others_;  // they stay for good
+  std::mutex mutex_;                                              // guards all below
+  std::map<std::int32_t, std::unique_ptr<OtherProcess>> others_;  // they stay for good
   std::size_t num_channels_ = 0;
   std::function<void(Phase, Epoch)> on_phase_;
   Crew crew_;
