@@ -1,3 +1,5 @@
+// Implements describe_words.h.
+
 #include "fabric/processes/describe_words.h"
 
 #include <atomic>

@@ -1,3 +1,6 @@
+// The words of processes, put into words for errors.
+// Used by the errors of channels.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_DESCRIBE_WORDS_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_DESCRIBE_WORDS_H_
 
@@ -6,8 +9,6 @@
 #include "fabric/processes/process_words.h"
 
 namespace jax_ep {
-
-// The words of processes, for errors.
 
 // What a process in this phase is doing, after "process 1".
 const char* Doing(Phase phase);

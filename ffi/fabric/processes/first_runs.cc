@@ -1,3 +1,5 @@
+// Implements first_runs.h: a thread that looks at the boards until all have come.
+
 #include "fabric/processes/first_runs.h"
 
 #include <algorithm>
@@ -18,7 +20,8 @@
 namespace jax_ep {
 namespace {
 
-// First runs are few, and follow a compilation.
+// How often the boards are looked at while a first run waits. First runs are few, and
+// follow a compilation, beside which this is nothing.
 constexpr std::chrono::milliseconds kPoll{1};
 
 // Logs that a rank came, and when it is told. The processes have no number of this call

@@ -1,3 +1,6 @@
+// How ranks in several processes run a call together for the first time.
+// Used by ffi/bind/cpu when such ranks agree on a call's number.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_FIRST_RUNS_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_FIRST_RUNS_H_
 

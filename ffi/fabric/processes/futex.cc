@@ -1,3 +1,5 @@
+// Implements futex.h: by futexes on Linux, by looking again elsewhere.
+
 #include "fabric/processes/futex.h"
 
 #include <algorithm>
@@ -35,6 +37,7 @@ void AwaitRing(const Bell& bell, std::uint32_t seen, std::chrono::nanoseconds lo
 
 void Ring(Bell& bell) { bell.fetch_add(1, std::memory_order_release); }
 
+// 50 µs is about what waking a thread takes, so little is lost by not being woken.
 void AwaitRing(const Bell& bell, std::uint32_t seen, std::chrono::nanoseconds longest) {
   if (bell.load(std::memory_order_acquire) != seen) return;
   std::this_thread::sleep_for(

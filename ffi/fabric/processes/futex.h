@@ -1,3 +1,6 @@
+// How a process wakes others up that wait for a change in memory they share.
+// Used by channels and by those who connect them.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
 

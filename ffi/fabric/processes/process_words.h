@@ -1,3 +1,6 @@
+// What one process tells the others of a channel, in shared memory.
+// Written by its channel; read by those of the others.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_PROCESS_WORDS_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_PROCESS_WORDS_H_
 

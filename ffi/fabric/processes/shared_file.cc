@@ -1,3 +1,5 @@
+// Implements shared_file.h.
+
 #include "fabric/processes/shared_file.h"
 
 #include <fcntl.h>
@@ -14,7 +16,8 @@
 namespace jax_ep {
 namespace {
 
-constexpr std::size_t kGranule = std::size_t{2} << 20;  // a huge page
+// Files grow by multiples of a huge page, so that the system may map whole ones.
+constexpr std::size_t kGranule = std::size_t{2} << 20;
 
 }  // namespace
 

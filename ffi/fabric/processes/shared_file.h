@@ -1,3 +1,6 @@
+// Memory that processes share.
+// Used for boards and windows.
+
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_SHARED_FILE_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_SHARED_FILE_H_
 

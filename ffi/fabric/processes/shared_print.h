@@ -20,7 +20,7 @@ namespace jax_ep {
 
 // A call's print, and what its ranks lend, without pointers and of a fixed size.
 struct SharedPrint {
-  std::array<char, 40> op;  // longer names are cut
+  std::array<char, 40> op;  // all of ours fit; longer names are cut
   std::int64_t rows;
   std::int64_t row_bytes;
   LentSum lent;

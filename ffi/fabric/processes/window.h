@@ -42,6 +42,7 @@ class HalfLayout {
   }
 
  private:
+  // In place of an offset, for a buffer of which nothing is shared: 0 is a true one.
   static constexpr std::size_t kNotShared = SIZE_MAX;
 
   static constexpr std::size_t Aligned(std::size_t bytes) {

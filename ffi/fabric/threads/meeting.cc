@@ -91,6 +91,7 @@ std::optional<std::string> Meeting::Mismatch(const Attendance& attendance) const
       std::ranges::equal(attendance.lent, shared_bytes, {}, &Lent::shared_bytes);
   if (print == attendance.print && lends_alike) return std::nullopt;
   std::vector<std::int64_t> theirs;
+  theirs.reserve(attendance.lent.size());
   for (const Lent& lent : attendance.lent) theirs.push_back(lent.shared_bytes);
   return DescribeMismatch(CallerOf(first_rank, print, shared_bytes),
                           CallerOf(attendance.rank, attendance.print, theirs));

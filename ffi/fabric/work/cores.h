@@ -1,3 +1,6 @@
+// Which core a thread runs on, and how it gets off it.
+// Used where threads that work together should not share one.
+
 #ifndef JAX_EP_FFI_FABRIC_WORK_CORES_H_
 #define JAX_EP_FFI_FABRIC_WORK_CORES_H_
 

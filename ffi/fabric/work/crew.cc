@@ -1,3 +1,5 @@
+// Implements crew.h.
+
 #include "fabric/work/crew.h"
 
 #include <functional>

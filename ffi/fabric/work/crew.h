@@ -1,3 +1,5 @@
+// Threads of our own. Used by hosts, whose channels run work on them.
+
 #ifndef JAX_EP_FFI_FABRIC_WORK_CREW_H_
 #define JAX_EP_FFI_FABRIC_WORK_CREW_H_
 

@@ -1,3 +1,5 @@
+// Implements ieee.h.
+
 #include "fabric/work/ieee.h"
 
 #include <cstdint>

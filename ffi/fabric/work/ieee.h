@@ -1,3 +1,6 @@
+// Floating-point modes of threads that run works.
+// Set by work_share.h for every thread that runs chunks.
+
 #ifndef JAX_EP_FFI_FABRIC_WORK_IEEE_H_
 #define JAX_EP_FFI_FABRIC_WORK_IEEE_H_
 

@@ -1,3 +1,5 @@
+// Implements work_share.h.
+
 #include "fabric/work/work_share.h"
 
 #include <algorithm>

@@ -1,3 +1,6 @@
+// How the works of ranks are shared among threads.
+// Used by meeting points and channels when all have come, and by ffi/bind/cpu.
+
 #ifndef JAX_EP_FFI_FABRIC_WORK_WORK_SHARE_H_
 #define JAX_EP_FFI_FABRIC_WORK_WORK_SHARE_H_
 
