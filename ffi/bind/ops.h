@@ -88,6 +88,7 @@ struct PullOp {
   using Call = PlannedCall<KernelArgs>;
   static std::vector<LentRows> LentBy(const Call& call) {
     std::vector<LentRows> lent;
+    lent.reserve(call.kernels.size());
     for (const KernelArgs& args : call.kernels) {
       lent.push_back({.data = args.rows[0],
                       .num_rows = args.capacity,
