@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before JAX is imported: it reads this once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 
 # Before XLA starts: it reads these once. Compiling takes most of the tests' time, so LLVM gets
@@ -19,7 +22,6 @@ if jax.__version_info__ < (0, 11):
     # one: tests with them cover the emitters that are used by default.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

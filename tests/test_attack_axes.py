@@ -196,6 +196,7 @@ def combine(plan: jax_ep.Plan) -> jax.Array:
     return jax_ep.combine(np.zeros((plan.capacity, 1), np.float32), plan)
 
 
+@functools.cache
 def plans_of(implementation: str, num_ranks: int, fabric: Fabric = VMAP) -> jax_ep.Plan:
     """Makes a whole group's plans."""
     row = row_of(implementation, fabric)

@@ -71,6 +71,7 @@ def test_made_in_one_vmap_and_used_in_another(batch_row: Row, place: Program) ->
     same(program(batch_row, place, plainly)(*args), want)
 
 
+@pytest.mark.composes
 @pytest.mark.parametrize("place", [inside, outside])
 def test_a_batch_larger_than_the_ranks(batch_row: Row, place: Program) -> None:
     args, want = problem(batch_row, 0, R + 1)
@@ -124,6 +125,7 @@ def in_a_checkpoint(f: Program) -> Program:
 WRAPS = [in_a_jit, in_a_cond, in_a_checkpoint]
 
 
+@pytest.mark.composes
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_through_control_flow(batch_row: Row, wrap: Program) -> None:
     place = made_inside_used_outside
@@ -131,6 +133,7 @@ def test_through_control_flow(batch_row: Row, wrap: Program) -> None:
     same(program(batch_row, place, wrap)(*args), want)
 
 
+@pytest.mark.composes
 def test_a_scan_over_a_batch_of_plans(batch_row: Row) -> None:
     """The axis of a batch becomes a loop's."""
     args, want = problem(batch_row, 3, R)
@@ -142,6 +145,7 @@ def test_a_scan_over_a_batch_of_plans(batch_row: Row) -> None:
     same(batch_row.jit(per_rank, 1 if batch_row.fabric is ONE else R)(*args), want)
 
 
+@pytest.mark.composes
 def test_a_batch_in_a_batch(batch_row: Row) -> None:
     """Made under (a, b), used under (b, a)."""
     args, want = problem(batch_row, 4, 2 * R)
@@ -155,6 +159,7 @@ def test_a_batch_in_a_batch(batch_row: Row) -> None:
     same({k: np.asarray(a).reshape(want[k].shape) for k, a in got.items()}, want)
 
 
+@pytest.mark.composes
 def test_one_plan_of_a_batch(batch_row: Row) -> None:
     """A plan taken out of a batch is a plan; the rest of the batch does not matter."""
     args, want = problem(batch_row, 5, R)
@@ -168,6 +173,7 @@ def test_one_plan_of_a_batch(batch_row: Row) -> None:
     same(got, {k: a[:, -1] for k, a in want.items()})
 
 
+@pytest.mark.composes
 def test_some_tokens_for_a_batch_of_plans(batch_row: Row) -> None:
     """Only the plan is batched."""
     rng = np.random.default_rng(6)

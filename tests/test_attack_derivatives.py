@@ -20,6 +20,8 @@ from strategies import Shape
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 FEW = Shape(num_ranks=2, num_tokens=3, num_topk=2, num_experts=4, hidden=2, capacity=5)
 ALONE = dataclasses.replace(FEW, num_ranks=1, num_experts=3, capacity=4)
 NAMES = ("x", "weights", "scale")
@@ -257,7 +259,6 @@ def hessian_in_tokens_and_weights(f):
     return lambda primals, _: jax.hessian(scalar(f), (0, 1))(*primals)
 
 
-@pytest.mark.composes
 @pytest.mark.parametrize("derive", [jvp, gradient_of_gradient, hessian_in_tokens_and_weights])
 def test_moe(row: Row, derive) -> None:
     """SwiGLU experts are smooth, and grouped_matmul is linear in rows and in matrices."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import attacks
 import jax
@@ -66,22 +67,21 @@ def uninitialized(implementation: str) -> Callable[..., jax.Array]:
     return apply
 
 
-def gradients(f: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
-    return lambda x, idx, *rest: jax.grad(lambda x, *rest: jnp.sum(f(x, idx, *rest)), (0, 1, 2))(
-        x, *rest
-    )
+def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def run(x, topk_idx, weights, w):
+        out, pull = jax.vjp(lambda x, weights, w: f(x, topk_idx, weights, w), x, weights, w)
+        return out, pull(jnp.ones_like(out))
+
+    return run
 
 
 @pytest.mark.parametrize("make", [moe, uninitialized])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jitted"])
-@pytest.mark.parametrize("derive", [lambda f: f, gradients], ids=["forward", "gradients"])
-def test_debug_nans_raises_no_false_alarm(
-    implementation: str, make, compiled: bool, derive
-) -> None:
+def test_debug_nans_raises_no_false_alarm(implementation: str, make, compiled: bool) -> None:
     """Rows that nobody reads held whatever the allocator had there."""
     x, w = jnp.ones((8, 64)), jnp.ones((4, 64, 64)) / 64
     topk_idx = jnp.tile(jnp.arange(2, dtype=jnp.int32), (8, 1))
-    f = derive(make(implementation))
+    f = with_gradients(make(implementation))
     run = jax.jit(f) if compiled else f
     args = x, topk_idx, jnp.full((8, 2), 0.5), w
     for _ in range(3):

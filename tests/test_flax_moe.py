@@ -149,12 +149,14 @@ def test_bytes_count_the_compute_dtype():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_compute_dtype(x_dtype, dtype):
     x = jnp.asarray(inputs()[0], x_dtype)
+
+    def total(layer, x):
+        out = layer(x)
+        return jnp.sum(out).astype(jnp.float32), out
+
     with on(AxisType.Auto, {"data": 2, "expert": 4}):
         layer = make_layer(dtype=dtype)
-        out = nnx.jit(lambda layer, x: layer(x))(layer, x)
-        gradient = nnx.jit(nnx.grad(lambda layer, x: jnp.sum(layer(x)).astype(jnp.float32)))(
-            layer, x
-        )
+        gradient, out = nnx.jit(nnx.grad(total, has_aux=True))(layer, x)
     assert out.dtype == (dtype or x_dtype)
     want = expected()[0][1][0]
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=0.05)
