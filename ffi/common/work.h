@@ -1,3 +1,6 @@
+// The work that a kernel for CPUs makes of its arguments, cut into chunks: what kernels
+// hand to fabrics, which run it.
+
 #ifndef JAX_EP_FFI_COMMON_WORK_H_
 #define JAX_EP_FFI_COMMON_WORK_H_
 

@@ -1,3 +1,4 @@
+// Implements publish_rows.h.
 #include "cpu/publish_rows.h"
 
 #include <algorithm>

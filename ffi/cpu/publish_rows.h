@@ -1,3 +1,6 @@
+// Copies what a rank lends to where ranks of other processes read it. For the fabric of
+// processes.
+
 #ifndef JAX_EP_FFI_CPU_PUBLISH_ROWS_H_
 #define JAX_EP_FFI_CPU_PUBLISH_ROWS_H_
 

@@ -1,3 +1,5 @@
+// What the tests of plans that hold anything have in common.
+
 #ifndef JAX_EP_TESTS_NATIVE_BAD_PLAN_H_
 #define JAX_EP_TESTS_NATIVE_BAD_PLAN_H_
 

@@ -1,3 +1,4 @@
+// What gathering on CPUs makes of plans that hold anything.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

@@ -1,3 +1,4 @@
+// How the fault of one rank's plan stays its own where ranks meet.
 #include <cstddef>
 #include <cstdint>
 #include <functional>

@@ -1,3 +1,4 @@
+// What the kernels that pull rows, and publishing, make of plans that hold anything.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

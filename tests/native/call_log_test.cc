@@ -1,3 +1,4 @@
+// What the log says of calls that end and of calls that fail.
 #include "fabric/threads/call_log.h"
 
 #include <chrono>

@@ -1,3 +1,5 @@
+// Takes what is reported on stderr, for tests to look at.
+
 #ifndef JAX_EP_TESTS_NATIVE_CAPTURED_REPORTS_H_
 #define JAX_EP_TESTS_NATIVE_CAPTURED_REPORTS_H_
 

@@ -1,3 +1,4 @@
+// Channels that fail before their first exchange: who is told, and of what.
 #include <atomic>
 #include <chrono>
 #include <cstdint>

@@ -1,3 +1,4 @@
+// Exchanges between simulated processes, of all shapes and in all orders.
 #include "fabric/processes/channel.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Implements check.h: runs the tests whose names are asked for.
 #include "check.h"
 
 #include <chrono>

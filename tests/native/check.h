@@ -1,3 +1,5 @@
+// A small test framework: a test is a function, a failed check prints what it compared.
+
 #ifndef JAX_EP_TESTS_NATIVE_CHECK_H_
 #define JAX_EP_TESTS_NATIVE_CHECK_H_
 

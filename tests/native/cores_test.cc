@@ -1,3 +1,4 @@
+// On which cores threads run, and that they leave those that are taken.
 #include "fabric/work/cores.h"
 
 #if defined(__linux__)

@@ -1,3 +1,4 @@
+// The threads that a process keeps for its exchanges with others.
 #include "fabric/work/crew.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// What the kernels for GPUs make of plans that hold anything.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

@@ -1,3 +1,4 @@
+// The emulated kernels that gather rows, against those for CPUs.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

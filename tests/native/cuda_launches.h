@@ -1,3 +1,5 @@
+// Checks that emulated kernels ran to their end, and wrote where they may.
+
 #ifndef JAX_EP_TESTS_NATIVE_CUDA_LAUNCHES_H_
 #define JAX_EP_TESTS_NATIVE_CUDA_LAUNCHES_H_
 

@@ -1,3 +1,4 @@
+// The emulated kernels of the plan, against the reference and those for CPUs.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

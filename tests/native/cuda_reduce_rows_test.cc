@@ -1,3 +1,4 @@
+// The emulated kernel that sums rows, against that for CPUs, bit for bit.
 #include <cstdint>
 #include <random>
 #include <string>

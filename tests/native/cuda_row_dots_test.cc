@@ -1,3 +1,4 @@
+// The emulated kernel of rows' products, against that for CPUs, bit for bit.
 #include <cstdint>
 #include <random>
 #include <string>

@@ -1,3 +1,4 @@
+// How numbers of each dtype are read and rounded, over all or many of their bits.
 #include "common/element.h"
 
 #include <bit>

@@ -1,3 +1,4 @@
+// The kernel for CPUs that gathers rows, in any order of its chunks.
 #include "cpu/gather_rows.h"
 
 #include <algorithm>

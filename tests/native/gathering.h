@@ -1,3 +1,5 @@
+// The arguments of gathering kernels, with buffers of exactly their sizes.
+
 #ifndef JAX_EP_TESTS_NATIVE_GATHERING_H_
 #define JAX_EP_TESTS_NATIVE_GATHERING_H_
 

@@ -1,3 +1,4 @@
+// How work is shared where there are more cores than ranks, on any machine.
 #include <cstddef>
 #include <cstdint>
 #include <functional>

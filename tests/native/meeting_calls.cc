@@ -1,3 +1,4 @@
+// Implements meeting_calls.h.
 #include "meeting_calls.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Ranks on threads of their own that meet again and again, for the tests of meetings.
+
 #ifndef JAX_EP_TESTS_NATIVE_MEETING_CALLS_H_
 #define JAX_EP_TESTS_NATIVE_MEETING_CALLS_H_
 

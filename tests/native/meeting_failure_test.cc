@@ -1,3 +1,4 @@
+// Meetings to which some ranks do not come, or come with another call.
 #include <chrono>
 #include <cstddef>
 #include <cstdint>

@@ -1,3 +1,4 @@
+// Meetings of threads, many at a time and in all orders.
 #include "fabric/threads/meeting.h"
 
 #include <barrier>

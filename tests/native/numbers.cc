@@ -1,3 +1,4 @@
+// Implements numbers.h, sharing nothing with what it tests.
 #include "numbers.h"
 
 #include <algorithm>

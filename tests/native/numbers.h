@@ -1,3 +1,5 @@
+// Numbers of each dtype, written and read one by one, for tests of arithmetic.
+
 #ifndef JAX_EP_TESTS_NATIVE_NUMBERS_H_
 #define JAX_EP_TESTS_NATIVE_NUMBERS_H_
 

@@ -1,3 +1,4 @@
+// Implements plan_reference.h by sorting, sharing nothing with what it tests.
 #include "plan_reference.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// A plan as the contract words it, for tests to compare with.
+
 #ifndef JAX_EP_TESTS_NATIVE_PLAN_REFERENCE_H_
 #define JAX_EP_TESTS_NATIVE_PLAN_REFERENCE_H_
 

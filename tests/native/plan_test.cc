@@ -1,3 +1,4 @@
+// The plan on CPUs, against the reference.
 #include "cpu/plan.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// What is copied for other processes: these rows and nothing else.
 #include "cpu/publish_rows.h"
 
 #include <algorithm>

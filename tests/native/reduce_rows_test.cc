@@ -1,3 +1,4 @@
+// The kernel for CPUs that sums rows, against sums taken one number at a time.
 #include "cpu/reduce_rows.h"
 
 #include <algorithm>

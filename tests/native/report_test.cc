@@ -1,3 +1,4 @@
+// Lines on stderr, whole and without waiting for whoever reads them.
 #include "fabric/threads/report.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The kernel for CPUs of rows' products, against products taken one by one.
 #include "cpu/row_dots.h"
 
 #include <bit>

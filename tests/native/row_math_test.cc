@@ -1,3 +1,4 @@
+// The arithmetic of each instruction set, against that of single numbers.
 #include "cpu/row_math.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Runs a kernel's chunks in a random order, or at once on many threads.
+
 #ifndef JAX_EP_TESTS_NATIVE_RUN_WORK_H_
 #define JAX_EP_TESTS_NATIVE_RUN_WORK_H_
 

@@ -1,3 +1,4 @@
+// Memory that processes share, and what becomes of it when they end.
 #include "fabric/processes/shared_file.h"
 
 #include <fcntl.h>

@@ -1,3 +1,4 @@
+// Implements simulated_processes.h.
 #include "simulated_processes.h"
 
 #include <algorithm>

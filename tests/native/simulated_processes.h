@@ -1,3 +1,5 @@
+// Processes of one job as threads of this one, for the tests of channels.
+
 #ifndef JAX_EP_TESTS_NATIVE_SIMULATED_PROCESSES_H_
 #define JAX_EP_TESTS_NATIVE_SIMULATED_PROCESSES_H_
 

@@ -1,3 +1,5 @@
+// The plans of stacked ranks, for the tests of kernels that gather their rows.
+
 #ifndef JAX_EP_TESTS_NATIVE_STACKED_RANKS_H_
 #define JAX_EP_TESTS_NATIVE_STACKED_RANKS_H_
 

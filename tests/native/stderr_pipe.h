@@ -1,3 +1,5 @@
+// Puts a pipe in the place of stderr, for tests of what is written there.
+
 #ifndef JAX_EP_TESTS_NATIVE_STDERR_PIPE_H_
 #define JAX_EP_TESTS_NATIVE_STDERR_PIPE_H_
 

@@ -1,3 +1,4 @@
+// Implements threads.h.
 #include "threads.h"
 
 #include <chrono>

@@ -1,3 +1,5 @@
+// Threads for tests: several side by side, some late, some that help.
+
 #ifndef JAX_EP_TESTS_NATIVE_THREADS_H_
 #define JAX_EP_TESTS_NATIVE_THREADS_H_
 

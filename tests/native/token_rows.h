@@ -1,3 +1,6 @@
+// The rows of tokens with what they hold and whose they are, for tests of kernels that
+// pull them.
+
 #ifndef JAX_EP_TESTS_NATIVE_TOKEN_ROWS_H_
 #define JAX_EP_TESTS_NATIVE_TOKEN_ROWS_H_
 

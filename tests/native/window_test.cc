@@ -1,3 +1,4 @@
+// Where in a process's window its ranks' buffers lie.
 #include "fabric/processes/window.h"
 
 #include <cstddef>

@@ -1,3 +1,4 @@
+// Chunks that threads take in turns, each once.
 #include "fabric/work/work_share.h"
 
 #include <atomic>

@@ -1,3 +1,5 @@
+// Stands in for CUDA's header where a test runs kernels for GPUs on the CPU.
+
 #ifndef JAX_EP_TESTS_NATIVE_CUDA_EMULATION_CUDA_RUNTIME_H_
 #define JAX_EP_TESTS_NATIVE_CUDA_EMULATION_CUDA_RUNTIME_H_
 

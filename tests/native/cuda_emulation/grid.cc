@@ -1,3 +1,4 @@
+// Implements grid.h: threads as stacks of their own, one running at a time.
 #include "grid.h"
 
 #include <ucontext.h>

@@ -1,3 +1,5 @@
+// Runs the threads of a kernel's grid on the CPU, in a random order.
+
 #ifndef JAX_EP_TESTS_NATIVE_CUDA_EMULATION_GRID_H_
 #define JAX_EP_TESTS_NATIVE_CUDA_EMULATION_GRID_H_
 

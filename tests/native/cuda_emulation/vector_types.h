@@ -1,3 +1,5 @@
+// Stands in for CUDA's vectors of a few numbers.
+
 #ifndef JAX_EP_TESTS_NATIVE_CUDA_EMULATION_VECTOR_TYPES_H_
 #define JAX_EP_TESTS_NATIVE_CUDA_EMULATION_VECTOR_TYPES_H_
 
