@@ -206,6 +206,24 @@ EP_TEST(RanksThatCallDifferentThingsAllFail) {
                 "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
 }
 
+// No table could hold what they lend.
+EP_TEST(RanksThatLendUnequallyManyBuffersFail) {
+  for (const std::int64_t other_lends : {0, 1, 3}) {
+    MeetingPoint point;
+    const PendingCall first(point, CallOf(0, 2), AtOnce);
+    Call other = CallOf(1, 2);
+    other.num_lent = other_lends;
+    const std::vector<std::string> parts = {
+        "because rank 0 called dispatch of [64 rows, 256 bytes] with plan fingerprint "
+        "7 and rank 1 called dispatch of [64 rows, 256 bytes] with plan fingerprint 7; "
+        "a rank lends 2 buffers in the one and " +
+        Show(other_lends) + " in the other"};
+    CheckFailed(Make(point, other), parts);
+    CheckFailed(first.Wait(), parts);
+    CheckGoesOn(point, 2, 1);
+  }
+}
+
 // The last to come is the one that differs: nobody's work runs.
 EP_TEST(TheLastRanksMismatchIsNoticed) {
   MeetingPoint point;

@@ -48,6 +48,20 @@ EP_TEST(RanksMeetOverAndOver) {
   }
 }
 
+EP_TEST(RanksLendAnyNumberOfBuffers) {
+  constexpr std::int32_t kRanks = 3;
+  for (const std::int64_t num_lent : {0, 1, 2, 3, 17}) {
+    MeetingPoint point;
+    HelperThreads helpers;
+    OnThreads(kRanks, [&](std::int64_t rank) {
+      const Call call = {.rank = static_cast<std::int32_t>(rank),
+                         .num_ranks = kRanks,
+                         .num_lent = num_lent};
+      Repeat(point, call, 50, helpers.schedule(), static_cast<std::uint64_t>(rank));
+    });
+  }
+}
+
 // Runs in flight, calls of one program that XLA may run in any order, and groups along
 // other axes of the mesh: each device is in all of its calls at the same time.
 EP_TEST(CallsInFlightDoNotMix) {
