@@ -7,15 +7,13 @@
 #include <vector>
 
 #include "check.h"
+#include "differing_calls.h"
 #include "played_process.h"
 #include "simulated_processes.h"
 #include "threads.h"
 
 namespace jax_ep {
 namespace {
-
-constexpr const char* kDescribed =
-    "dispatch of [64 rows, 256 bytes] with plan fingerprint 7";
 
 // Two processes of two ranks that call different things, each for itself in accord.
 void CheckMismatch(const CallPrint& print, const std::string& described) {
@@ -26,7 +24,7 @@ void CheckMismatch(const CallPrint& print, const std::string& described) {
     SpanCall call = {.rank = static_cast<std::int32_t>(thread)};
     if (thread == 1 || thread == 2) call.print = print;
     const std::string they = "ranks 1, 2 of process 1 called " + described;
-    const std::string we = std::string("ranks 0, 3 of process 0 called ") + kDescribed;
+    const std::string we = std::string("ranks 0, 3 of process 0 called ") + kUsualCall;
     const std::string own =
         ": rank " + Show(thread) + " of 4 gave up, because in epoch 1 ";
     const SpanOutcome outcome = job.Attend(call).Wait();
@@ -43,14 +41,9 @@ void CheckMismatch(const CallPrint& print, const std::string& described) {
 }
 
 EP_TEST(ProcessesThatCallDifferentThingsFail) {
-  CheckMismatch({.op = "combine", .rows = 64, .row_bytes = 256, .plan = 7},
-                "combine of [64 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 65, .row_bytes = 256, .plan = 7},
-                "dispatch of [65 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 255, .plan = 7},
-                "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 4000000000},
-                "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
+  for (const DifferingCall& other : DifferingCalls()) {
+    CheckMismatch(other.print, other.described);
+  }
 }
 
 // All that the error can tell of it is how much: the calls are the same by name.
@@ -59,8 +52,8 @@ void CheckOtherSizes(std::vector<std::int64_t> bytes, const std::string& sizes) 
   duel.theirs.bytes = std::move(bytes);
   duel.peer.Publish(1, duel.theirs);
   CheckFailed(duel.job.Attend(duel.own).Wait(),
-              {"in epoch 1 rank 0 of process 0 called " + std::string(kDescribed) +
-               " and rank 1 of process 1 called " + kDescribed + sizes});
+              {"in epoch 1 rank 0 of process 0 called " + std::string(kUsualCall) +
+               " and rank 1 of process 1 called " + kUsualCall + sizes});
   duel.CheckIsOver({sizes});
 }
 
@@ -94,7 +87,7 @@ EP_TEST(CallThatTheLeaderAloneMakesIsNamed) {
       {"because in epoch 1 process 1 was waiting for its own ranks and process "
        "0, which leads, had named execution 9 of call 5, but 0.2 s later rank 1 of "
        "process 1 had come to " +
-       std::string(kDescribed) + " instead"});
+       std::string(kUsualCall) + " instead"});
   CheckFailed(leading.Wait(), {"rank 1 of process 1 had given up, in epoch 1, waiting "
                                "for its own ranks"});
 }

@@ -13,6 +13,7 @@
 
 #include "captured_reports.h"
 #include "check.h"
+#include "differing_calls.h"
 #include "fabric/threads/meeting.h"
 #include "meeting_calls.h"
 #include "threads.h"
@@ -186,24 +187,17 @@ void CheckMismatch(const CallPrint& print, const std::string& described) {
   const PendingCall third(point, other, helpers.schedule());
   const PendingCall late(point, CallOf(1, 4), helpers.schedule());
   for (const PendingCall& call : {first, second, third, late}) {
-    CheckFailed(call.Wait(),
-                {"because rank 2 called dispatch of [64 rows, 256 bytes] with plan "
-                 "fingerprint 7 and rank 3 called " +
-                 described});
+    CheckFailed(call.Wait(), {std::string("because rank 2 called ") + kUsualCall +
+                              " and rank 3 called " + described});
   }
   EP_CHECK(Clock::now() - start < kAtOnce);
   CheckGoesOn(point, 4, 1);
 }
 
 EP_TEST(RanksThatCallDifferentThingsAllFail) {
-  CheckMismatch({.op = "combine", .rows = 64, .row_bytes = 256, .plan = 7},
-                "combine of [64 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 65, .row_bytes = 256, .plan = 7},
-                "dispatch of [65 rows, 256 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 255, .plan = 7},
-                "dispatch of [64 rows, 255 bytes] with plan fingerprint 7");
-  CheckMismatch({.op = "dispatch", .rows = 64, .row_bytes = 256, .plan = 4000000000},
-                "dispatch of [64 rows, 256 bytes] with plan fingerprint 4000000000");
+  for (const DifferingCall& other : DifferingCalls()) {
+    CheckMismatch(other.print, other.described);
+  }
 }
 
 // No table could hold what they lend.

@@ -4,20 +4,18 @@
 #include <memory>
 
 #include "bind/cpu/meeting_call.h"
-#include "bind/handler_list.h"
 #include "bind/ops.h"
 
 namespace jax_ep {
 namespace {
 
+// All that is read of a call: the members by FindGroup.
 template <typename Op>
-typename Op::Call ReadCall(CallReader& reader) {
+void Ask(CallReader& reader) {
   reader.List("members");
-  return Op::Read(reader);
+  Op::Read(reader);
 }
 
-// Takes part in an exchange with the other devices. Returns without waiting for them:
-// XLA goes on with what does not need the result.
 template <typename Op>
 ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
                             ffi::ThreadPool pool, ffi::RemainingArgs operands,
@@ -25,36 +23,17 @@ ffi::Future ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
   const auto pending = std::make_shared<PendingCall<Op>>();
   ffi::Future future(pending->promise);
   CallReader reader(operands, results, attributes);
-  pending->call = ReadCall<Op>(reader);
-  NoteFaultsIn(pending->fault, pending->call);
-  const Group group = FindGroup(reader, device);
-  if (reader.failed()) {
-    pending->promise.SetError(reader.error());
-    return future;
-  }
-  const Arrival arrival = {.site = site, .run = run, .device = device, .group = group};
-  Attendance attendance = AttendanceOf(pending, reader.where(), arrival);
-  attendance.schedule = ScheduleOn(pool);
-  ProcessMeetingPoint().Attend(attendance);
+  pending->call = Op::Read(reader);
+  Meet(pending, reader, {.site = site, .run = run, .device = device}, pool,
+       [](const Arrival&, Attendance&) {});
   return future;
 }
 
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_DEVICES(name, Op)                                           \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_devices,                      \
-                                jax_ep::ExchangeDevices<jax_ep::Op>,          \
-                                xla::ffi::Ffi::Bind()                         \
-                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>() \
-                                    .Ctx<xla::ffi::RunId>()                   \
-                                    .Ctx<xla::ffi::DeviceOrdinal>()           \
-                                    .Ctx<xla::ffi::ThreadPool>()              \
-                                    .RemainingArgs()                          \
-                                    .RemainingRets()                          \
-                                    .Attrs());                                \
-  EP_LIST_HANDLER(name##_devices, jax_ep::ReadCall<jax_ep::Op>,               \
-                  {"instantiate", "jax_ep_new_call_site"},                    \
-                  {"execute", "jax_ep_" #name "_devices"})
+#define EP_DEFINE_DEVICES(name, Op)                                             \
+  EP_DEFINE_MEETING_HANDLER(name, devices, jax_ep::ExchangeDevices<jax_ep::Op>, \
+                            jax_ep::Ask<jax_ep::Op>)
 
 EP_FOR_EACH_OP(EP_DEFINE_DEVICES)

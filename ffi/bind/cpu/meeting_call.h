@@ -13,6 +13,7 @@
 
 #include "bind/cpu/call_site.h"
 #include "bind/cpu/works.h"
+#include "bind/handler_list.h"
 #include "bind/ops.h"
 #include "cpu/plan_fault.h"
 #include "fabric/threads/meeting.h"
@@ -31,7 +32,7 @@ struct Arrival {
   CallSite* site;
   ffi::RunId run;
   std::int32_t device;
-  Group group;
+  Group group = {};
 };
 
 // A call of one device that waits for the other devices' ones.
@@ -96,6 +97,37 @@ Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& pending,
   return attendance;
 }
 
+// Has a call that `reader` has read take part in its exchange. Returns without waiting
+// for the other ranks: XLA goes on with what does not need the result. Before it meets
+// them, `prepare(arrival, attendance)` may add what it knows, or fail the reader.
+template <typename Op, typename Prepare>
+void Meet(const std::shared_ptr<PendingCall<Op>>& pending, CallReader& reader,
+          Arrival arrival, ffi::ThreadPool& pool, Prepare prepare) {
+  NoteFaultsIn(pending->fault, pending->call);
+  arrival.group = FindGroup(reader, arrival.device);
+  if (reader.failed()) return pending->promise.SetError(reader.error());
+  Attendance attendance = AttendanceOf(pending, reader.where(), arrival);
+  attendance.schedule = ScheduleOn(pool);
+  prepare(arrival, attendance);
+  if (reader.failed()) return pending->promise.SetError(reader.error());
+  ProcessMeetingPoint().Attend(attendance);
+}
+
 }  // namespace jax_ep
+
+// Defines and lists an op's handler of a fabric whose ranks meet. `ask` asks a reader
+// for all that `handler` and what it calls read of a call.
+#define EP_DEFINE_MEETING_HANDLER(name, fabric, handler, ask)                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_##fabric, handler,               \
+                                xla::ffi::Ffi::Bind()                            \
+                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>()    \
+                                    .Ctx<xla::ffi::RunId>()                      \
+                                    .Ctx<xla::ffi::DeviceOrdinal>()              \
+                                    .Ctx<xla::ffi::ThreadPool>()                 \
+                                    .RemainingArgs()                             \
+                                    .RemainingRets()                             \
+                                    .Attrs());                                   \
+  EP_LIST_HANDLER(name##_##fabric, ask, {"instantiate", "jax_ep_new_call_site"}, \
+                  {"execute", "jax_ep_" #name "_" #fabric})
 
 #endif  // JAX_EP_FFI_BIND_CPU_MEETING_CALL_H_

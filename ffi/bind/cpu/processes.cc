@@ -10,7 +10,6 @@
 
 #include "bind/cpu/call_site.h"
 #include "bind/cpu/meeting_call.h"
-#include "bind/handler_list.h"
 #include "bind/ops.h"
 #include "cpu/publish_rows.h"
 #include "fabric/threads/meeting.h"
@@ -26,11 +25,17 @@ struct SpanningCall {
 
 template <typename Op>
 SpanningCall<Op> ReadCall(CallReader& reader) {
-  reader.List("members");
-  reader.Attribute("kind");
   const auto* numbers =
       reader.Operand<std::int32_t>("numbers", reader.where().num_ranks);
   return {.call = Op::Read(reader), .numbers = numbers};
+}
+
+// All that is read of a call: the members by FindGroup, the kind on its first run.
+template <typename Op>
+void Ask(CallReader& reader) {
+  reader.List("members");
+  reader.Attribute("kind");
+  ReadCall<Op>(reader);
 }
 
 // Finds out where a call's rank exchanges with ranks of other processes.
@@ -61,6 +66,7 @@ std::vector<bool> Elsewhere(const Span& span) {
 template <typename Op>
 std::vector<cpu::PublishRowsArgs> PublicationsOf(PendingCall<Op>& pending,
                                                  const Span& span) {
+  const std::vector<bool> is_elsewhere = Elsewhere(span);
   std::vector<cpu::PublishRowsArgs> publications;
   for (const LentRows& lent : Op::LentBy(pending.call)) {
     cpu::PublishRowsArgs args = {};
@@ -70,8 +76,8 @@ std::vector<cpu::PublishRowsArgs> PublicationsOf(PendingCall<Op>& pending,
     args.ranges = {{0, lent.num_rows}};
     if constexpr (Op::kPullsRows) {
       const PlanArrays& plan = pending.call.plan;
-      cpu::KeepPulledRows(plan.recv_row, plan.recv_counts, Elsewhere(span),
-                          &pending.fault, args);
+      cpu::KeepPulledRows(plan.recv_row, plan.recv_counts, is_elsewhere, &pending.fault,
+                          args);
     }
     publications.push_back(std::move(args));
   }
@@ -99,7 +105,7 @@ void SpanProcesses(const std::shared_ptr<PendingCall<Op>>& pending,
   attendance.span = std::move(span);
 }
 
-// As ExchangeDevices; a group that lies in this process meets as its ranks do there.
+// A group that lies in this process meets as its ranks do on the fabric of devices.
 template <typename Op>
 ffi::Future ExchangeProcesses(CallSite* site, ffi::RunId run, std::int32_t device,
                               ffi::ThreadPool pool, ffi::RemainingArgs operands,
@@ -107,42 +113,22 @@ ffi::Future ExchangeProcesses(CallSite* site, ffi::RunId run, std::int32_t devic
   const auto pending = std::make_shared<PendingCall<Op>>();
   ffi::Future future(pending->promise);
   CallReader reader(operands, results, attributes);
-  auto [call, numbers] = ReadCall<Op>(reader);
-  pending->call = std::move(call);
-  NoteFaultsIn(pending->fault, pending->call);
-  const Group group = FindGroup(reader, device);
-  const Arrival arrival = {.site = site, .run = run, .device = device, .group = group};
-  std::shared_ptr<const Span> span;
-  if (!reader.failed() && group.Spans(ProcessIndex())) {
-    span = FindSpan(arrival, reader, numbers[0]);
-  }
-  if (reader.failed()) {
-    pending->promise.SetError(reader.error());
-    return future;
-  }
-  Attendance attendance = AttendanceOf(pending, reader.where(), arrival);
-  attendance.schedule = ScheduleOn(pool);
-  if (span != nullptr) SpanProcesses(pending, std::move(span), attendance);
-  ProcessMeetingPoint().Attend(attendance);
+  SpanningCall<Op> spanning = ReadCall<Op>(reader);
+  pending->call = std::move(spanning.call);
+  Meet(pending, reader, {.site = site, .run = run, .device = device}, pool,
+       [&](const Arrival& arrival, Attendance& attendance) {
+         if (!arrival.group.Spans(ProcessIndex())) return;
+         auto span = FindSpan(arrival, reader, spanning.numbers[0]);
+         if (span != nullptr) SpanProcesses(pending, std::move(span), attendance);
+       });
   return future;
 }
 
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_PROCESSES(name, Op)                                         \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_processes,                    \
-                                jax_ep::ExchangeProcesses<jax_ep::Op>,        \
-                                xla::ffi::Ffi::Bind()                         \
-                                    .Ctx<xla::ffi::State<jax_ep::CallSite>>() \
-                                    .Ctx<xla::ffi::RunId>()                   \
-                                    .Ctx<xla::ffi::DeviceOrdinal>()           \
-                                    .Ctx<xla::ffi::ThreadPool>()              \
-                                    .RemainingArgs()                          \
-                                    .RemainingRets()                          \
-                                    .Attrs());                                \
-  EP_LIST_HANDLER(name##_processes, jax_ep::ReadCall<jax_ep::Op>,             \
-                  {"instantiate", "jax_ep_new_call_site"},                    \
-                  {"execute", "jax_ep_" #name "_processes"})
+#define EP_DEFINE_PROCESSES(name, Op)                                               \
+  EP_DEFINE_MEETING_HANDLER(name, processes, jax_ep::ExchangeProcesses<jax_ep::Op>, \
+                            jax_ep::Ask<jax_ep::Op>)
 
 EP_FOR_EACH_OP(EP_DEFINE_PROCESSES)

@@ -1,5 +1,4 @@
-// The words in which errors speak of ranks and calls. Used by all that makes ranks wait
-// for each other, in one process and between several.
+// Implements describe.h.
 
 #include "fabric/threads/describe.h"
 
