@@ -22,8 +22,8 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-// Blocks run one after the other and find what the one before left behind.
-#define __shared__ static
+// Blocks of a device run one after the other and find what the one before left behind.
+#define __shared__ static thread_local
 
 using std::max;
 using std::min;

@@ -1,8 +1,6 @@
 // Implements grid.h: threads as stacks of their own, one running at a time.
 #include "grid.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -17,23 +15,23 @@
 #include <utility>
 #include <vector>
 
-uint3 threadIdx;
-uint3 blockIdx;
-dim3 blockDim;
-dim3 gridDim;
+#include "fiber_context.h"
+
+thread_local uint3 threadIdx;
+thread_local uint3 blockIdx;
+thread_local dim3 blockDim;
+thread_local dim3 gridDim;
 
 namespace jax_ep::emulation {
 namespace {
 
-constexpr std::size_t kStackBytes = 128 * 1024;
+enum class State : std::uint8_t { kNew, kReady, kWaits, kLeft };
 
-enum class State : std::uint8_t { kReady, kWaits, kLeft };
-
-// A thread of a block, with a stack of its own.
+// A thread of a block, with a stack of its own, on which threads of later blocks follow
+// once it has left the kernel.
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  State state;
+  FiberContext context;
+  State state = State::kNew;
   Collective waits_for;
   std::uint64_t brought;
   LaneValues seen;  // what the lanes of the last collective brought
@@ -70,7 +68,7 @@ class Block {
   // By a thread, which does not come back.
   void Fail(const std::string& what) {
     failure_ = Place() + "thread " + std::to_string(current_) + ": " + what;
-    swapcontext(&fibers_[current_].context, &scheduler_);
+    fibers_[current_].context.SwitchTo(scheduler_);
   }
 
   unsigned OwnLane() const { return static_cast<unsigned>(current_ % kLanes); }
@@ -78,7 +76,7 @@ class Block {
   std::mt19937_64& rng() { return rng_; }
 
  private:
-  static void Enter();
+  static void RunThreads();
   void Start(Fiber& fiber);
   void ResumeAny();
   void EndWarpCollective(std::size_t first, unsigned lanes);
@@ -91,13 +89,13 @@ class Block {
   std::size_t current_ = 0;  // the thread that runs
   std::vector<Fiber> fibers_;
   std::vector<std::size_t> ready_;
-  ucontext_t scheduler_{};
+  FiberContext scheduler_;
   std::string failure_;
   std::mt19937_64 rng_;
 };
 
 Block& TheBlock() {
-  static Block block;
+  static thread_local Block block;
   return block;
 }
 
@@ -120,20 +118,20 @@ bool Block::Run(std::size_t num_threads, const std::function<void()>& thread) {
   return failure_.empty();
 }
 
-void Block::Enter() {
+void Block::RunThreads() {
   Block& block = TheBlock();
-  (*block.thread_)();
-  block.fibers_[block.current_].state = State::kLeft;
+  for (;;) {
+    (*block.thread_)();
+    Fiber& fiber = block.fibers_[block.current_];
+    fiber.state = State::kLeft;
+    fiber.context.SwitchTo(block.scheduler_);
+  }
 }
 
+// One that a failed block has left where it waited begins anew.
 void Block::Start(Fiber& fiber) {
-  if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+  if (fiber.state != State::kLeft) fiber.context.Make(RunThreads);
   fiber.state = State::kReady;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = &scheduler_;
-  makecontext(&fiber.context, Enter, 0);
 }
 
 void Block::ResumeAny() {
@@ -141,7 +139,7 @@ void Block::ResumeAny() {
   current_ = ready_.back();
   ready_.pop_back();
   threadIdx = {.x = static_cast<unsigned>(current_), .y = 0, .z = 0};
-  swapcontext(&scheduler_, &fibers_[current_].context);
+  scheduler_.SwitchTo(fibers_[current_].context);
 }
 
 LaneValues Block::Meet(const Collective& collective, std::uint64_t brought) {
@@ -157,7 +155,7 @@ LaneValues Block::Meet(const Collective& collective, std::uint64_t brought) {
   } else {
     Fail(std::string(collective.name) + " by a lane that its mask leaves out");
   }
-  swapcontext(&fiber.context, &scheduler_);
+  fiber.context.SwitchTo(scheduler_);
   return fiber.seen;
 }
 

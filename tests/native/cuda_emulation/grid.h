@@ -11,11 +11,12 @@
 
 #include "vector_types.h"
 
-// Which thread runs, by the names that kernels know.
-extern uint3 threadIdx;
-extern uint3 blockIdx;
-extern dim3 blockDim;
-extern dim3 gridDim;
+// Which thread runs, by the names that kernels know. Grids of several devices run at
+// once, each on a thread of the host.
+extern thread_local uint3 threadIdx;
+extern thread_local uint3 blockIdx;
+extern thread_local dim3 blockDim;
+extern thread_local dim3 gridDim;
 
 namespace jax_ep::emulation {
 
@@ -33,7 +34,7 @@ struct Collective {
 
 // Runs a kernel's threads: blocks one after the other, and of a block one thread at a
 // time, up to where it waits for others. Returns whether all came to their end; if not,
-// Failure() says why. One grid at a time.
+// Failure() of the same thread says why. One grid at a time on each thread of the host.
 //
 // Stricter than a GPU: threads that meet must do so at one place in the source, and
 // those that have left the kernel are missed.
@@ -41,7 +42,8 @@ bool RunGrid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 const std::string& Failure();
 
-// Decides in which order blocks, and threads that could run, do run.
+// Decides in which order blocks, and threads that could run, do run, of grids that this
+// thread of the host runs.
 void SetSeed(std::uint64_t seed);
 
 // What a thread calls: waits until all that take part have come; gives what they
