@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "grid.h"
+#include "streams.h"
 #include "vector_types.h"
 
 #define __global__
@@ -28,15 +29,6 @@
 using std::max;
 using std::min;
 
-using cudaStream_t = struct CUstream_st*;
-
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719,
-};
-
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 struct cudaLaunchConfig_t {
@@ -45,11 +37,6 @@ struct cudaLaunchConfig_t {
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
 
 // A device so small that kernels whose blocks share the work go round their loops.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -65,7 +52,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
   return cudaSuccess;
 }
 
-// Runs the kernel before it returns.
+// Its arguments are copied at once, as CUDA does; it runs when its turn on the stream
+// has come.
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
                                void (*kernel)(Params...), Args&&... args) {
@@ -78,9 +66,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
     return cudaErrorInvalidConfiguration;
   }
   const std::tuple<Params...> params(args...);
-  const bool ended =
-      jax_ep::emulation::RunGrid(grid, block, [&] { std::apply(kernel, params); });
-  return ended ? cudaSuccess : cudaErrorLaunchFailure;
+  return jax_ep::emulation::Enqueue(config->stream, [=] {
+    const bool ended =
+        jax_ep::emulation::RunGrid(grid, block, [&] { std::apply(kernel, params); });
+    return ended ? cudaSuccess : cudaErrorLaunchFailure;
+  });
 }
 
 template <typename T>
