@@ -10,7 +10,6 @@ import jax
 
 import jax_ep
 from jax_ep import _fabrics, _native
-from jax_ep._compat import trace_platform
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "jax-cuda13-plugin")
 
@@ -59,7 +58,7 @@ def _devices() -> dict[str, str]:
 
 def _implementations() -> dict[str, str]:
     reason = _native.unavailable_reason()
-    fabrics = _fabrics.fabrics_for(trace_platform()) if reason is None else []
+    fabrics = _fabrics.fabrics_for(_native.platform_here()) if reason is None else []
     return {
         "xla": "serves on every platform, in any number of processes",
         "native": "serves, in this order:" if reason is None else f"does not serve: {reason}",

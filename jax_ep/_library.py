@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import os
 import pathlib
 import threading
 import warnings
@@ -15,11 +16,26 @@ from jax_ep._types import Platform
 
 _FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
 _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
+# For tests: a library of the GPU's code in which XLA's CPU devices are emulated GPUs. It takes the
+# place of both libraries.
+_EMULATED = os.environ.get("JAX_EP_EMULATED_GPUS")
 _register_lock = threading.Lock()
+
+
+def native_platform(platform: str | None) -> str | None:
+    """Returns whose native code serves a platform of JAX: its own, or that of emulated GPUs."""
+    return "gpu" if _EMULATED and platform == "cpu" else platform
+
+
+def _jax_platform(platform: Platform) -> Platform:
+    """Returns whose devices run a platform's native code: its own, or those that emulate it."""
+    return "cpu" if _EMULATED and platform == "gpu" else platform
 
 
 def library_path(platform: Platform) -> pathlib.Path:
     """Returns where a platform's native library is expected: next to this file."""
+    if _EMULATED and platform == "gpu":
+        return pathlib.Path(_EMULATED)
     return pathlib.Path(__file__).with_name(_FILES[platform])
 
 
@@ -48,6 +64,8 @@ def library(platform: Platform) -> ctypes.CDLL:
 @functools.cache
 def library_problem(platform: Platform) -> str | None:
     """Returns why a platform's library cannot be used, or None."""
+    if _EMULATED and platform == "cpu":
+        return f"devices are emulated GPUs, by {_EMULATED}"
     if not library_path(platform).exists():
         return (
             f"the native library is not built: there is no {_FILES[platform]} next to "
@@ -108,7 +126,7 @@ def register_handlers(platform: Platform) -> None:
     """Registers a library's handlers with XLA, if they are not yet and there is such a device."""
     try:
         # A state type that is registered before the client exists breaks the client's start.
-        jax.devices(platform)
+        jax.devices(_jax_platform(platform))
     except RuntimeError:
         return  # What is lowered here is to run elsewhere.
     with _register_lock:
@@ -130,7 +148,7 @@ def _register_once(platform: Platform) -> None:
             stage: jax.ffi.pycapsule(getattr(loaded, symbol))
             for stage, symbol in handler["stages"].items()
         }
-        jax.ffi.register_ffi_target(name, stages, platform=_FFI_PLATFORMS[platform])
+        jax.ffi.register_ffi_target(name, stages, platform=_FFI_PLATFORMS[_jax_platform(platform)])
 
 
 @functools.cache

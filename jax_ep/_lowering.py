@@ -14,7 +14,7 @@ from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
 from jax_ep._compat import concrete_mesh, vary_over, varying_axes
 from jax_ep._layout import Layout
-from jax_ep._library import warn_once
+from jax_ep._library import native_platform, warn_once
 from jax_ep._ops import Op
 from jax_ep._processes import Refusal
 from jax_ep._types import LoweredBinding, Platform
@@ -41,7 +41,7 @@ def _lower(
     binding: LoweredBinding,
     call: str,
 ) -> Any:
-    told = Call(op, layout, binding, call, platform)
+    told = Call(op, layout, binding, call, native_platform(platform))
     if told.binding == "vmap":
         raise ValueError(
             f"axis_name must be mapped around what is compiled: {layout.axis_name!r} of "

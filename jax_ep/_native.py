@@ -10,10 +10,15 @@ from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type, trace_platform
 from jax_ep._fabrics import GEOMETRY, Fabric, choose, platform_problem
 from jax_ep._layout import Layout
-from jax_ep._library import describe, register_handlers, warn_once
+from jax_ep._library import describe, native_platform, register_handlers, warn_once
 from jax_ep._ops import PLAN
 from jax_ep._processes import Refusal
 from jax_ep._types import Binding, Platform
+
+
+def platform_here() -> str | None:
+    """Returns the platform whose native code will most likely run what is traced here."""
+    return native_platform(trace_platform())
 
 
 def refusal(layout: Layout, binding: Binding) -> str | None:
@@ -21,13 +26,13 @@ def refusal(layout: Layout, binding: Binding) -> str | None:
 
     Says nothing of the processes that its ranks are in: only a program's devices tell.
     """
-    chosen = choose(Call(PLAN, layout, binding, "make_plan", trace_platform()), join=False)
+    chosen = choose(Call(PLAN, layout, binding, "make_plan", platform_here()), join=False)
     return chosen.reason if isinstance(chosen, Refusal) else None
 
 
 def serves(layout: Layout, binding: Binding) -> bool:
     """Tells whether native code serves an exchange here; warns once if its library is unfit."""
-    platform = trace_platform()
+    platform = platform_here()
     if platform in get_args(Platform) and (reason := platform_problem(platform)) is not None:
         warn_once(reason)
         return False
@@ -36,7 +41,7 @@ def serves(layout: Layout, binding: Binding) -> bool:
 
 def unavailable_reason() -> str | None:
     """Returns why native code does not serve at all here, or None. Waits for nobody."""
-    return platform_problem(trace_platform())
+    return platform_problem(platform_here())
 
 
 def library_info() -> dict[str, str]:
@@ -47,7 +52,7 @@ def library_info() -> dict[str, str]:
     """
     if (reason := unavailable_reason()) is not None:
         raise NotImplementedError(reason)
-    return describe(cast(Platform, trace_platform()))
+    return describe(cast(Platform, platform_here()))
 
 
 def run(fabric: Fabric, call: Call, operands: Operands) -> list[Array]:

@@ -120,24 +120,34 @@ ALL_ROWS = [
     Row("native", ONE, exact=True),
     Row("native", VMAP, exact=True, platform="gpu"),
     Row("native", ONE, exact=True, platform="gpu"),
+    Row("native", SHARD_MAP, exact=True, platform="emulated"),
+    Row("native", VMAP, exact=True, platform="emulated"),
+    Row("native", ONE, exact=True, platform="emulated"),
 ]
+EMULATED = os.environ.get("JAX_EP_EMULATED_GPUS")
+"""The library in which CPU devices are emulated GPUs, where the tests are to run on these."""
+
 NAMES = ("xla", "native")
 
 
-def rows_for(jax_platforms: str | None, gpu_demanded: bool) -> list[Row]:
+def rows_for(jax_platforms: str | None, gpu_demanded: bool, emulated: bool = False) -> list[Row]:
     """Chooses the rows of the platform that JAX is told to use, and of GPUs if they have to run.
 
     The others could only be skipped, hundreds of times a run. `test_rows.py` names them once.
     """
+    if emulated:
+        return [row for row in ALL_ROWS if row.platform == "emulated"]
     if not jax_platforms:
-        return ALL_ROWS
+        return [row for row in ALL_ROWS if row.platform != "emulated"]
     first = jax_platforms.split(",")[0]
     platforms = {"gpu" if first == "cuda" else first} | ({"gpu"} if gpu_demanded else set())
     return [row for row in ALL_ROWS if row.platform in platforms]
 
 
 # To ask for the default backend would start it, before some tests' processes have set it up.
-ROWS = rows_for(os.environ.get("JAX_PLATFORMS"), os.environ.get("JAX_EP_REQUIRE_GPU") == "1")
+ROWS = rows_for(
+    os.environ.get("JAX_PLATFORMS"), os.environ.get("JAX_EP_REQUIRE_GPU") == "1", bool(EMULATED)
+)
 
 
 def require(implementation: str, platform: str = "cpu") -> None:
@@ -156,10 +166,12 @@ def require(implementation: str, platform: str = "cpu") -> None:
 
 
 def _what_is_missing(implementation: str, platform: str) -> str | None:
+    if EMULATED:
+        platform = "cpu" if platform == "emulated" else platform
     if (backend := jax.default_backend()) != platform:
         return f"this test is for the platform {platform!r}, and the default backend is {backend!r}"
     library = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}[platform]
-    path = pathlib.Path(jax_ep.__file__).parent / library
+    path = pathlib.Path(EMULATED or pathlib.Path(jax_ep.__file__).parent / library)
     if implementation == "native" and not path.is_file():
         return f"{path} was not built, so there is no native implementation to test."
     return None

@@ -19,6 +19,8 @@
 #include "streams.h"
 #include "vector_types.h"
 
+#define CUDART_VERSION 13000
+
 #define __global__
 #define __device__
 #define __host__
