@@ -7,6 +7,9 @@ import pathlib
 import re
 import sys
 
+# Those that every platform has.
+FABRICS = ["fabric/work", "fabric/threads", "fabric/processes"]
+
 # What the files of a folder may include besides their own folder's. XLA's headers are "xla".
 MAY_INCLUDE = {
     "common": [],
@@ -15,17 +18,11 @@ MAY_INCLUDE = {
     "fabric/work": ["common"],
     "fabric/threads": ["common", "fabric/work"],
     "fabric/processes": ["common", "fabric/work", "fabric/threads"],
+    "fabric/gpus": ["common", *FABRICS],
     "bind": ["common", "xla"],
-    "bind/cpu": [
-        "common",
-        "cpu",
-        "fabric/work",
-        "fabric/threads",
-        "fabric/processes",
-        "bind",
-        "xla",
-    ],
-    "bind/cuda": ["common", "cuda", "bind", "xla"],
+    "bind/process": ["common", *FABRICS, "bind", "xla"],
+    "bind/cpu": ["common", "cpu", *FABRICS, "bind", "bind/process", "xla"],
+    "bind/cuda": ["common", "cuda", *FABRICS, "fabric/gpus", "bind", "bind/process", "xla"],
 }
 
 SOURCES = {".h", ".cc", ".cu"}

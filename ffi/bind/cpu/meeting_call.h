@@ -11,21 +11,30 @@
 #include <utility>
 #include <vector>
 
-#include "bind/cpu/call_site.h"
 #include "bind/cpu/works.h"
 #include "bind/handler_list.h"
 #include "bind/ops.h"
+#include "bind/process/call_site.h"
+#include "bind/process/process.h"
 #include "cpu/plan_fault.h"
 #include "fabric/threads/meeting.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
 
-// Where the devices of this process meet.
-MeetingPoint& ProcessMeetingPoint();
-
 // Tells XLA that a call has ended.
-void Complete(ffi::Promise promise, const std::optional<std::string>& failure);
+inline void Complete(ffi::Promise promise, const std::optional<std::string>& failure) {
+  if (failure) {
+    promise.SetError(MeetingError(*failure));
+  } else {
+    promise.SetAvailable();
+  }
+}
+
+// As the CPU reads it.
+inline Role RoleOf(const Whereabouts& where) {
+  return {.rank = *where.rank, .group = *where.group};
+}
 
 // What XLA tells a handler beside the call itself.
 struct Arrival {
@@ -104,7 +113,8 @@ template <typename Op, typename Prepare>
 void Meet(const std::shared_ptr<PendingCall<Op>>& pending, CallReader& reader,
           Arrival arrival, ffi::ThreadPool& pool, Prepare prepare) {
   NoteFaultsIn(pending->fault, pending->call);
-  arrival.group = FindGroup(reader, arrival.device);
+  if (reader.failed()) return pending->promise.SetError(reader.error());
+  arrival.group = FindGroup(reader, arrival.device, RoleOf(reader.where()));
   if (reader.failed()) return pending->promise.SetError(reader.error());
   Attendance attendance = AttendanceOf(pending, reader.where(), arrival);
   attendance.schedule = ScheduleOn(pool);

@@ -8,9 +8,11 @@
 #include <variant>
 #include <vector>
 
-#include "bind/cpu/call_site.h"
+#include "bind/cpu/first_run.h"
 #include "bind/cpu/meeting_call.h"
 #include "bind/ops.h"
+#include "bind/process/call_site.h"
+#include "bind/process/process.h"
 #include "cpu/publish_rows.h"
 #include "fabric/threads/meeting.h"
 

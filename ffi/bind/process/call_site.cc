@@ -1,6 +1,5 @@
-// Implements call_site.h, and the call by which ranks of several processes agree on
-// one.
-#include "bind/cpu/call_site.h"
+// Implements call_site.h.
+#include "bind/process/call_site.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,8 +14,7 @@
 #include <variant>
 #include <vector>
 
-#include "bind/cpu/meeting_call.h"
-#include "bind/handler_list.h"
+#include "bind/process/process.h"
 #include "fabric/processes/hash.h"
 
 namespace jax_ep {
@@ -40,14 +38,14 @@ bool Group::Spans(std::int32_t process) const {
   return false;
 }
 
-Group FindGroup(CallReader& reader, std::int32_t device) {
+Group FindGroup(CallReader& reader, std::int32_t device, Role role) {
   const Whereabouts& where = reader.where();
   if (reader.failed()) return {};
-  const std::int32_t rank = *where.rank;
+  const std::int32_t rank = role.rank;
   reader.Require(rank >= 0 && rank < where.num_ranks, "a rank of these");
   const std::span<const std::int64_t> all = reader.List("members");
   if (all.empty() || reader.failed())
-    return {.number = *where.group, .members = {}, .id = 0};
+    return {.number = role.group, .members = {}, .id = 0};
   const std::int64_t self = (static_cast<std::int64_t>(ProcessIndex()) << 32) | device;
   const auto found = std::ranges::find(all, self);
   const std::int64_t index = found - all.begin();
@@ -69,6 +67,19 @@ Group FindGroup(CallReader& reader, std::int32_t device) {
 bool CallSite::IsNewTo(std::int32_t device) {
   const std::scoped_lock lock(mutex_);
   return devices_.insert(device).second;
+}
+
+std::optional<Role> CallSite::RoleOf(std::int32_t device,
+                                     const std::function<std::optional<Role>()>& find) {
+  {
+    const std::scoped_lock lock(mutex_);
+    const auto known = roles_.find(device);
+    if (known != roles_.end()) return known->second;
+  }
+  const std::optional<Role> found = find();
+  if (!found) return std::nullopt;
+  const std::scoped_lock lock(mutex_);
+  return roles_.emplace(device, *found).first->second;
 }
 
 std::shared_ptr<const Span> CallSite::SpanOf(std::int32_t device) {
@@ -99,21 +110,6 @@ std::variant<std::shared_ptr<const Span>, std::string> CallSite::NewSpan(
   return span;
 }
 
-FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id) {
-  const Whereabouts& where = reader.where();
-  FirstRun run;
-  run.call = where.call;
-  run.group = group.id;
-  run.run_id = run_id;
-  if (reader.failed()) return run;
-  run.kind = reader.Attribute("kind");
-  run.rank = *where.rank;
-  for (std::size_t rank = 0; rank < group.members.size(); ++rank) {
-    run.process_of.push_back(group.ProcessOf(rank));
-  }
-  return run;
-}
-
 namespace {
 
 ffi::ErrorOr<std::unique_ptr<CallSite>> NewCallSite() {
@@ -123,56 +119,8 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> NewCallSite() {
   return site;
 }
 
-std::int32_t* ReadSaid(CallReader& reader) {
-  return reader.Result<std::int32_t>("number", 1);
-}
-
-// What a device says when it runs a call for the first time: this call's number, for
-// all ranks to take that of the first one. -1 if they have agreed on it before or are
-// all in this process; -2 - n if others know it as number n.
-ffi::Future RollCall(CallSite* site, ffi::RunId run, std::int32_t device,
-                     ffi::RemainingArgs operands, ffi::RemainingRets results,
-                     ffi::Dictionary attributes) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  CallReader reader(operands, results, attributes);
-  const Group group = FindGroup(reader, device);
-  auto* said = ReadSaid(reader);
-  if (!reader.failed()) *said = -1;
-  if (reader.failed() || !group.Spans(ProcessIndex()) || !site->IsNewTo(device)) {
-    reader.failed() ? promise.SetError(reader.error()) : promise.SetAvailable();
-    return future;
-  }
-  FirstRun first = DescribeRun(reader, group, run.run_id);
-  first.site = site->number;
-  if (reader.failed()) {
-    promise.SetError(reader.error());
-    return future;
-  }
-  const auto number = static_cast<std::int32_t>(site->number);
-  const auto told = [said, number, promise](const FirstRuns::Outcome& outcome) {
-    *said =
-        outcome.known ? static_cast<std::int32_t>(-2 - outcome.known->number) : number;
-    Complete(promise, outcome.failure);
-  };
-  ProcessFirstRuns().Await(*ProcessHost(), std::move(first), told);
-  return future;
-}
-
 }  // namespace
 }  // namespace jax_ep
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_new_call_site, jax_ep::NewCallSite,
                               xla::ffi::Ffi::BindInstantiate());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_roll_call, jax_ep::RollCall,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::State<jax_ep::CallSite>>()
-                                  .Ctx<xla::ffi::RunId>()
-                                  .Ctx<xla::ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
-
-EP_LIST_HANDLER(roll_call, jax_ep::ReadSaid, {"instantiate", "jax_ep_new_call_site"},
-                {"execute", "jax_ep_roll_call"})

@@ -1,9 +1,10 @@
 // One custom call of a compiled program, and the ranks that a device's rank exchanges
-// with there. For the fabrics of devices and of processes.
-#ifndef JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
-#define JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
+// with there. For all fabrics whose ranks are on several devices.
+#ifndef JAX_EP_FFI_BIND_PROCESS_CALL_SITE_H_
+#define JAX_EP_FFI_BIND_PROCESS_CALL_SITE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,11 +36,17 @@ struct Group {
   bool Spans(std::int32_t process) const;
 };
 
+// Which rank a device's call is for, and of which group, as the program computes them.
+struct Role {
+  std::int32_t rank;
+  std::int32_t group;
+};
+
 // Finds the group that a device's call belongs to. XLA's ordinal of a CPU device is its
 // id in the whole job: where members are listed, no two devices have one rank of one
 // group, whatever their program says. What it returns refers to the call's attributes;
 // it is of no use once the reader has failed.
-Group FindGroup(CallReader& reader, std::int32_t device);
+Group FindGroup(CallReader& reader, std::int32_t device, Role role);
 
 // Identifies one custom call of a compiled program, the same for all its devices. XLA
 // makes it when it instantiates the call, so that two calls of one traced function are
@@ -50,6 +57,10 @@ struct CallSite {
 
   // Returns whether a device runs the call for the first time.
   bool IsNewTo(std::int32_t device);
+
+  // A device's role, once `find` has found it: it is the same in every run.
+  std::optional<Role> RoleOf(std::int32_t device,
+                             const std::function<std::optional<Role>()>& find);
 
   // Where a device's rank meets its peers at this call, of which some are in other
   // processes; null on its first run. Then the roll call has told the call's number.
@@ -63,20 +74,10 @@ struct CallSite {
  private:
   std::mutex mutex_;  // guards all below
   std::set<std::int32_t> devices_;
+  std::map<std::int32_t, Role> roles_;                         // by device
   std::map<std::int32_t, std::shared_ptr<const Span>> spans_;  // by device
 };
 
-// What tells one kind of call from another, in all processes alike.
-FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id);
-
-// This process among the others of its job.
-std::int32_t ProcessIndex();
-
-// What it shows to them; it comes to be when they first need it. Null if it cannot.
-Host* ProcessHost();
-
-FirstRuns& ProcessFirstRuns();
-
 }  // namespace jax_ep
 
-#endif  // JAX_EP_FFI_BIND_CPU_CALL_SITE_H_
+#endif  // JAX_EP_FFI_BIND_PROCESS_CALL_SITE_H_
