@@ -14,17 +14,30 @@ namespace jax_ep {
 class PeerTable {
  public:
   PeerTable() = default;
-  // `buffers` must be readable where the kernel runs: on a GPU, by the GPU.
-  EP_HOST_DEVICE explicit PeerTable(const void* const* buffers) : buffers_(buffers) {}
+  // `addresses`, of one buffer per rank, lies in the memory of the host. A kernel on
+  // the CPU reads it while it runs. One on a GPU reads a copy that travels with its
+  // launch: `addresses` may go when the function that launches it has returned. The
+  // buffers must be readable where the kernel runs.
+  EP_HOST_DEVICE explicit PeerTable(const void* const* addresses)
+      : addresses_(addresses), bytes_between_(kAnywhere) {}
   EP_HOST_DEVICE PeerTable(const void* first, std::int64_t bytes_between)
       : first_(static_cast<const char*>(first)), bytes_between_(bytes_between) {}
 
   EP_HOST_DEVICE const void* operator[](std::int64_t rank) const {
-    return buffers_ != nullptr ? buffers_[rank] : first_ + rank * bytes_between_;
+    return has_addresses() ? addresses_[rank] : first_ + rank * bytes_between_;
   }
 
+  // Whether it consists of addresses, and these.
+  EP_HOST_DEVICE bool has_addresses() const { return bytes_between_ == kAnywhere; }
+  EP_HOST_DEVICE const void* const* addresses() const { return addresses_; }
+
+  // Has it read its addresses, if it consists of such, in another place.
+  EP_HOST_DEVICE void MoveAddresses(const void* const* to) { addresses_ = to; }
+
  private:
-  const void* const* buffers_ = nullptr;
+  static constexpr std::int64_t kAnywhere = -1;
+
+  const void* const* addresses_ = nullptr;
   const char* first_ = nullptr;
   std::int64_t bytes_between_ = 0;
 };

@@ -4,10 +4,13 @@
 
 #include "cuda/device.h"
 #include "cuda/gather_rows.h"
+#include "cuda/peers.h"
 #include "cuda/received.h"
 
 namespace jax_ep::cuda {
 namespace {
+
+using ArgsWithTokens = WithPeers<GatherRowsArgs, &GatherRowsArgs::x>;
 
 // Narrow units are for odd rows, which are short as a rule.
 template <typename Unit>
@@ -46,7 +49,8 @@ __device__ void CopyToken(const GatherRowsArgs& args, std::int32_t token,
 // A rank's warps share the receive list. Each takes entries that are the first of their
 // token, with those of the same token behind them.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads, 1) GatherRowsKernel(GatherRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1)
+    GatherRowsKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
   for (std::int64_t entry = WarpOfRank(); entry < received.entries;

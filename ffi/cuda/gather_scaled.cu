@@ -5,10 +5,14 @@
 #include "cuda/device.h"
 #include "cuda/elements.h"
 #include "cuda/gather_scaled.h"
+#include "cuda/peers.h"
 #include "cuda/received.h"
 
 namespace jax_ep::cuda {
 namespace {
+
+using ArgsWithTokens =
+    WithPeers<GatherRowsArgs, &GatherRowsArgs::x, &GatherRowsArgs::weights>;
 
 // Writes one entry's row: its token, scaled by its choice's weight. By one warp.
 template <typename E, int count>
@@ -39,7 +43,7 @@ __device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
 // A warp per entry of the receive list at a time.
 template <typename E, int count>
 __global__ void __launch_bounds__(kThreads, 1)
-    GatherScaledKernel(GatherRowsArgs first) {
+    GatherScaledKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
   for (std::int64_t entry = WarpOfRank(); entry < received.entries;

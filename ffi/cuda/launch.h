@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/peers.h"
+
 namespace jax_ep::cuda {
 
 // Kernels with large bodies state a minimum of one block in their launch bounds. Left
@@ -20,7 +22,7 @@ inline constexpr int kThreads = kWarps * kWarpSize;
 // Launches a kernel; returns what went wrong, which later launches do not hide.
 template <typename... Params, typename... Args>
 cudaError_t Launch(void (*kernel)(Params...), dim3 blocks, int threads,
-                   cudaStream_t stream, Args... args) {
+                   cudaStream_t stream, const Args&... args) {
   if (blocks.x == 0 || blocks.y == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
@@ -34,11 +36,14 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 blocks, int threads,
 // until nothing is left, or fewer where there is less. Blocks of all ranks are
 // neighbours. They come to the same tokens at about the same time, so that what one
 // rank read is still in the cache for the others.
-template <typename Args>
-cudaError_t LaunchStacked(void (*kernel)(Args), const Args& args,
+template <typename ArgsWithPeers>
+cudaError_t LaunchStacked(void (*kernel)(ArgsWithPeers),
+                          const typename ArgsWithPeers::Args& args,
                           std::int64_t num_stacked, std::int64_t items,
                           std::int64_t per_block, int threads, cudaStream_t stream) {
   if (num_stacked == 0) return cudaSuccess;
+  ArgsWithPeers first;
+  if (!first.Pack(args, args.num_ranks)) return cudaErrorInvalidValue;
   int device = 0;
   int processors = 0;
   int blocks_each = 0;
@@ -56,7 +61,7 @@ cudaError_t LaunchStacked(void (*kernel)(Args), const Args& args,
   const std::int64_t blocks = std::min({wanted, fill, kMaxBlocks});
   return Launch(kernel,
                 dim3(static_cast<unsigned>(num_stacked), static_cast<unsigned>(blocks)),
-                threads, stream, args);
+                threads, stream, first);
 }
 
 }  // namespace jax_ep::cuda

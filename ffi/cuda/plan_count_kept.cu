@@ -8,7 +8,9 @@ namespace jax_ep::cuda {
 namespace {
 
 // A warp per tile.
-__global__ void __launch_bounds__(kThreads) CountKeptKernel(PlanTables tables) {
+__global__ void __launch_bounds__(kThreads)
+    CountKeptKernel(const __grid_constant__ TablesWithChoices with_choices) {
+  const PlanTables tables = with_choices.Bound();
   const std::int64_t row = TileRow();
   if (row >= tables.rows()) return;
   if (!tables.Overflows()) {

@@ -61,7 +61,9 @@ __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
 }
 
 // A warp per tile.
-__global__ void __launch_bounds__(kThreads, 1) PlaceKernel(PlanTables tables) {
+__global__ void __launch_bounds__(kThreads, 1)
+    PlaceKernel(const __grid_constant__ TablesWithChoices with_choices) {
+  const PlanTables tables = with_choices.Bound();
   const std::int64_t row = TileRow();
   if (row >= tables.rows()) return;
   const Tile tile(tables, row);

@@ -31,8 +31,10 @@ inline constexpr std::int64_t kSharedCounters = 1024;
 // row per tile, in the order of the choices, and a column per expert and, behind them,
 // per destination rank.
 struct PlanTables {
+  PlanTables() = default;
   PlanTables(const PlanArgs& plan, const PlanArrays& first_outputs, std::int32_t* space)
       : args(plan),
+        topk_idx(plan.topk_idx),
         first(first_outputs),
         tiles_per_source(TilesPerSource(plan)),
         columns(plan.num_experts + plan.num_ranks),
@@ -83,6 +85,7 @@ struct PlanTables {
   }
 
   PlanArgs args;
+  PeerTable topk_idx;  // that of args, bound to where its addresses are
   PlanArrays first;
   std::int64_t tiles_per_source;
   std::int64_t columns;
@@ -101,7 +104,7 @@ struct Tile {
         source(row / tables.tiles_per_source),
         begin(row % tables.tiles_per_source * kTileChoices),
         end(min(begin + kTileChoices, tables.args.choices_per_rank())) {
-    const std::int32_t* choices = tables.args.ChoicesOf(source);
+    const auto* choices = static_cast<const std::int32_t*>(tables.topk_idx[source]);
 #pragma unroll
     for (int j = 0; j < kChoicesPerLane; ++j) {
       experts[j] = Choice(j) < end ? LoadPeer(choices + Choice(j)) : kDropped;
@@ -124,11 +127,15 @@ __device__ inline std::int64_t TileRow() {
   return static_cast<std::int64_t>(blockIdx.x) * kWarps + WarpInBlock();
 }
 
+using TablesWithChoices = WithPeers<PlanTables, &PlanTables::topk_idx>;
+
 // Launches a kernel with a warp per tile.
-inline cudaError_t LaunchOnTiles(void (*kernel)(PlanTables), const PlanTables& tables,
-                                 cudaStream_t stream) {
+inline cudaError_t LaunchOnTiles(void (*kernel)(TablesWithChoices),
+                                 const PlanTables& tables, cudaStream_t stream) {
+  TablesWithChoices with_choices;
+  if (!with_choices.Pack(tables, tables.args.num_ranks)) return cudaErrorInvalidValue;
   const dim3 blocks(static_cast<unsigned>((tables.rows() + kWarps - 1) / kWarps));
-  return Launch(kernel, blocks, kThreads, stream, tables);
+  return Launch(kernel, blocks, kThreads, stream, with_choices);
 }
 
 // Calls use(counters) with as many counters for the warp as there are columns: in

@@ -3,13 +3,17 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/dropped.h"
 #include "common/plan_bounds.h"
 #include "cuda/device.h"
 #include "cuda/elements.h"
+#include "cuda/peers.h"
 #include "cuda/reduce_rows.h"
 
 namespace jax_ep::cuda {
 namespace {
+
+using ArgsWithRows = WithPeers<ReduceRowsArgs, &ReduceRowsArgs::rows>;
 
 constexpr int kLoadsInFlight = 4;
 
@@ -27,15 +31,24 @@ __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& ter
   const auto topk = static_cast<int>(args.num_topk);
   const std::int64_t first = t * args.num_topk;
   int count = 0;
-  for (int k = Lane(); k < topk; k += kWarpSize) {
-    if (!HasRow(args, first + k)) continue;
-    const std::int32_t rank = args.send_rank[first + k];
+#pragma unroll 1
+  for (int begin = 0; begin < topk; begin += kWarpSize) {
+    const int k = begin + Lane();
+    const bool has_row = k < topk && HasRow(args, first + k);
+    const std::int32_t rank = has_row ? args.send_rank[first + k] : kDropped;
     int place = 0;
-    for (int j = 0; j < topk; ++j) {
-      if (!HasRow(args, first + j)) continue;
-      const std::int32_t other = args.send_rank[first + j];
-      place += other < rank || (other == rank && j < k) ? 1 : 0;
+#pragma unroll 1
+    for (int other = 0; other < topk; other += kWarpSize) {
+      const int j = other + Lane();
+      const bool is_there = j < topk && HasRow(args, first + j);
+      const std::int32_t theirs = is_there ? args.send_rank[first + j] : kDropped;
+      for (int lane = 0; lane < min(kWarpSize, topk - other); ++lane) {
+        const std::int32_t r = __shfl_sync(kAllLanes, theirs, lane);
+        if (r == kDropped) continue;
+        place += r < rank || (r == rank && other + lane < k) ? 1 : 0;
+      }
     }
+    if (!has_row) continue;
     terms.row[place] = static_cast<const char*>(args.rows[rank]) +
                        args.send_row[first + k] * row_bytes;
     terms.weight[place] = args.weights == nullptr ? 1.0F : args.weights[first + k];
@@ -86,7 +99,8 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
 
 // A block per token at a time, whose threads share the elements.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1) ReduceRowsKernel(ReduceRowsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1)
+    ReduceRowsKernel(const __grid_constant__ ArgsWithRows first) {
   const ReduceRowsArgs args = first.OfStacked(blockIdx.x);
   __shared__ Terms terms;
   for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {

@@ -71,7 +71,7 @@ def named(kernels: Iterable[Kernel]) -> list[Kernel]:
     except (OSError, subprocess.CalledProcessError):
         return kernels
     names = [
-        re.sub(r"void |jax_ep::(cuda::)?|\(anonymous namespace\)::|\([\w:]+\)$", "", name)
+        re.sub(r"void |jax_ep::(cuda::)?|\(anonymous namespace\)::|\([^()]*\)$", "", name)
         for name in run.stdout.splitlines()
     ]
     return [kernel._replace(name=name) for kernel, name in zip(kernels, names, strict=True)]

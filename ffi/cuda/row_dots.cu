@@ -5,10 +5,13 @@
 #include "common/plan_bounds.h"
 #include "cuda/device.h"
 #include "cuda/elements.h"
+#include "cuda/peers.h"
 #include "cuda/row_dots.h"
 
 namespace jax_ep::cuda {
 namespace {
+
+using ArgsWithRows = WithPeers<RowDotsArgs, &RowDotsArgs::rows>;
 
 // The contract's order of additions: 64 running sums, of every 64th element each, that
 // are then added up in halves. A lane of the warp holds two neighbouring ones.
@@ -59,7 +62,8 @@ __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
 
 // A warp per choice at a time.
 template <typename E>
-__global__ void __launch_bounds__(kThreads, 1) RowDotsKernel(RowDotsArgs first) {
+__global__ void __launch_bounds__(kThreads, 1)
+    RowDotsKernel(const __grid_constant__ ArgsWithRows first) {
   const RowDotsArgs args = first.OfStacked(blockIdx.x);
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const std::int64_t choices = args.num_tokens * args.num_topk;

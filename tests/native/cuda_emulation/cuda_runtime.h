@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "grid.h"
+#include "intrinsics.h"
 #include "streams.h"
 #include "vector_types.h"
 
