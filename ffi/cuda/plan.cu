@@ -10,9 +10,10 @@ namespace jax_ep::cuda {
 std::int64_t PlanWorkspace(const PlanArgs& args) { return PlanTables::Words(args); }
 
 cudaError_t MakePlans(const PlanArgs& args, const PlanArrays& first,
-                      std::int32_t* workspace, cudaStream_t stream) {
+                      const PlanRanks& ranks, std::int32_t* workspace,
+                      cudaStream_t stream) {
   if (args.num_ranks > kMaxRanks) return cudaErrorInvalidValue;
-  const PlanTables tables(args, first, workspace);
+  const PlanTables tables(args, first, ranks, workspace);
   for (const auto kernel : {CountAsked, FindCutoffs, CountKept, LayOut, Place}) {
     if (const cudaError_t error = kernel(tables, stream); error != cudaSuccess) {
       return error;

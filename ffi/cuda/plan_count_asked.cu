@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/dropped.h"
+#include "common/plan_bounds.h"
 #include "cuda/plan_tables.h"
 
 namespace jax_ep::cuda {
@@ -21,10 +22,24 @@ __device__ void FileDests(const PlanTables& tables, const Tile& tile) {
   }
 }
 
+// Notes which outputs are whose, by a block.
+__device__ void FindOutputs(const PlanTables& tables) {
+  for (std::int64_t r = threadIdx.x; r < tables.args.num_ranks; r += blockDim.x) {
+    tables.output_of[r] = kDropped;
+  }
+  __syncthreads();
+  for (std::int64_t i = threadIdx.x; i < tables.ranks.num_stacked; i += blockDim.x) {
+    const std::int32_t rank = tables.ranks.ranks[i];
+    if (!IsIndex(rank, tables.args.num_ranks)) continue;
+    tables.output_of[rank] = static_cast<std::int32_t>(i);
+  }
+}
+
 // A warp per tile.
 __global__ void __launch_bounds__(kThreads)
     CountAskedKernel(const __grid_constant__ TablesWithChoices with_choices) {
   const PlanTables tables = with_choices.Bound();
+  if (blockIdx.x == 0) FindOutputs(tables);
   const std::int64_t row = TileRow();
   if (row >= tables.rows()) return;
   const Tile tile(tables, row);

@@ -50,11 +50,12 @@ __device__ std::int32_t ScanColumns(const PlanTables& tables, std::int64_t first
   return total;
 }
 
-// Lays out the groups of a rank's experts.
+// Lays out the groups of a rank's experts: all ranks that send it something ask where
+// these start.
 __device__ void LayOutGroups(const PlanTables& tables, std::int64_t dest,
                              Columns& columns) {
   const std::int64_t num_local = tables.args.num_local_experts();
-  const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
+  const bool is_wanted = tables.IsWanted(dest);
   const auto alignment = static_cast<std::int32_t>(tables.args.alignment);
   std::int64_t start = 0;
   for (std::int64_t e = 0; e < num_local; e += kWarpSize) {
@@ -65,8 +66,11 @@ __device__ void LayOutGroups(const PlanTables& tables, std::int64_t dest,
         Lane() < count ? (rows + alignment - 1) / alignment * alignment : 0;
     const std::int64_t end = start + WarpScan(size);
     if (Lane() < count) {
-      plan.group_rows[e + Lane()] = rows;
-      plan.group_sizes[e + Lane()] = size;
+      if (is_wanted) {
+        const PlanArrays plan = tables.OutputsOf(dest);
+        plan.group_rows[e + Lane()] = rows;
+        plan.group_sizes[e + Lane()] = size;
+      }
       tables.group_start[dest * num_local + e + Lane()] =
           static_cast<std::int32_t>(end - size);
     }
@@ -82,7 +86,7 @@ __device__ void LayOutReceived(const PlanTables& tables, std::int64_t dest,
   const std::int32_t received = ScanColumns(tables, column, 1, columns);
   if (threadIdx.x == 0) num_received = received;
   __syncthreads();
-  const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
+  const PlanArrays plan = tables.OutputsOf(dest);
   for (std::int64_t s = threadIdx.x; s < tables.args.num_ranks; s += blockDim.x) {
     const std::int64_t row = s * tables.tiles_per_source;
     const std::int64_t next = row + tables.tiles_per_source;
@@ -93,7 +97,7 @@ __device__ void LayOutReceived(const PlanTables& tables, std::int64_t dest,
   }
 }
 
-// Tells all ranks how many choices name the experts of one. A warp per expert.
+// Tells all outputs how many choices name the experts of one. A warp per expert.
 __device__ void TellLoads(const PlanTables& tables, std::int64_t dest) {
   const std::int64_t num_local = tables.args.num_local_experts();
   for (std::int64_t e = WarpInBlock(); e < num_local; e += kLayOutWarps) {
@@ -104,8 +108,8 @@ __device__ void TellLoads(const PlanTables& tables, std::int64_t dest) {
       sum += tables.asked[row * tables.columns + expert];
     }
     const auto load = static_cast<std::int32_t>(WarpSum(sum));
-    for (std::int64_t rank = Lane(); rank < tables.args.num_ranks; rank += kWarpSize) {
-      tables.args.OfStacked(tables.first, rank).expert_load[expert] = load;
+    for (std::int64_t i = Lane(); i < tables.ranks.num_stacked; i += kWarpSize) {
+      tables.args.OfStacked(tables.first, i).expert_load[expert] = load;
     }
   }
 }
@@ -117,11 +121,11 @@ __global__ void __launch_bounds__(kLayOutThreads, 1) LayOutKernel(PlanTables tab
   if (blockIdx.y == 0) {
     LayOutGroups(tables, dest, columns);
   } else if (blockIdx.y == 1) {
-    LayOutReceived(tables, dest, columns);
+    if (tables.IsWanted(dest)) LayOutReceived(tables, dest, columns);
   } else {
     TellLoads(tables, dest);
-    if (threadIdx.x != 0) return;
-    const PlanArrays plan = tables.args.OfStacked(tables.first, dest);
+    if (threadIdx.x != 0 || !tables.IsWanted(dest)) return;
+    const PlanArrays plan = tables.OutputsOf(dest);
     *plan.num_dropped = 0;  // those that place choices add to it
     // Only ranks that might mix up two calls compare these.
     *plan.fingerprint = 0;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/dropped.h"
+#include "common/plan_bounds.h"
 #include "cuda/plan_tables.h"
 
 namespace jax_ep::cuda {
@@ -24,17 +25,41 @@ __device__ std::int32_t TakeNumber(std::int32_t* counters, std::int64_t key,
   return number;
 }
 
+// Sets the counters of some neighbouring columns to what comes before the tile.
+__device__ void SetCounters(const PlanTables& tables, const Tile& tile,
+                            std::int64_t first, std::int64_t count,
+                            std::int32_t* counters) {
+  for (std::int64_t c = first + Lane(); c < first + count; c += kWarpSize) {
+    counters[c] = tables.placed[tile.row * tables.columns + c] +
+                  (c < tables.args.num_experts ? tables.group_start[c] : 0);
+  }
+}
+
+// Sets the counters that the tile's choices ask: its source needs those of all columns,
+// the ranks that receive from it their own.
+__device__ void SetCounters(const PlanTables& tables, const Tile& tile,
+                            std::int32_t* counters) {
+  if (tables.IsWanted(tile.source)) {
+    SetCounters(tables, tile, 0, tables.columns, counters);
+  } else {
+    const std::int64_t local = tables.args.num_local_experts();
+    for (std::int64_t i = 0; i < tables.ranks.num_stacked; ++i) {
+      const std::int32_t dest = tables.ranks.ranks[i];
+      if (!IsIndex(dest, tables.args.num_ranks)) continue;
+      SetCounters(tables, tile, dest * local, local, counters);
+      SetCounters(tables, tile, tables.DestColumn(dest), 1, counters);
+    }
+  }
+  __syncwarp();
+}
+
 // Numbers the tile's choices in their order, and tells both ends of each where its row
-// is. Returns how many of this lane's found no room.
+// is, if their plans are made. Returns how many of this lane's found no room.
 __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
                                   std::int32_t* counters) {
   const PlanArgs& args = tables.args;
-  for (std::int64_t c = Lane(); c < tables.columns; c += kWarpSize) {
-    counters[c] = tables.placed[tile.row * tables.columns + c] +
-                  (c < args.num_experts ? tables.group_start[c] : 0);
-  }
-  __syncwarp();
-  const PlanArrays own = args.OfStacked(tables.first, tile.source);
+  SetCounters(tables, tile, counters);
+  const bool is_sent = tables.IsWanted(tile.source);
   const auto local = static_cast<std::int32_t>(args.num_local_experts());
   std::int32_t dropped = 0;
 #pragma unroll
@@ -44,15 +69,20 @@ __device__ std::int32_t PlaceTile(const PlanTables& tables, const Tile& tile,
     const std::int32_t dest = expert == kDropped ? 0 : expert / local;
     const bool is_kept =
         expert != kDropped && tables.Priority(tile.source, i) < tables.cutoff[dest];
-    const std::int32_t target = TakeNumber(counters, expert, is_kept);
-    const std::int32_t entry = TakeNumber(counters, tables.DestColumn(dest), is_kept);
+    const bool is_received = is_kept && tables.IsWanted(dest);
+    const bool is_placed = is_kept && (is_sent || is_received);
+    const std::int32_t target = TakeNumber(counters, expert, is_placed);
+    const std::int32_t entry =
+        TakeNumber(counters, tables.DestColumn(dest), is_received);
     if (expert != kDropped && !is_kept) ++dropped;
-    if (i >= tile.end) continue;
-    own.send_rank[i] = is_kept ? dest : kDropped;
-    own.send_row[i] = target;
-    own.kept[i] = is_kept;
-    if (!is_kept) continue;
-    const PlanArrays theirs = args.OfStacked(tables.first, dest);
+    if (is_sent && i < tile.end) {
+      const PlanArrays own = tables.OutputsOf(tile.source);
+      own.send_rank[i] = is_kept ? dest : kDropped;
+      own.send_row[i] = target;
+      own.kept[i] = is_kept;
+    }
+    if (!is_received) continue;
+    const PlanArrays theirs = tables.OutputsOf(dest);
     theirs.recv_choice[entry] =
         static_cast<std::int32_t>(tile.source * args.choices_per_rank() + i);
     theirs.recv_row[entry] = target;
@@ -72,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     dropped = PlaceTile(tables, tile, counters);
   });
   dropped = WarpSum(dropped);
-  if (Lane() == 0 && dropped > 0) {
-    atomicAdd(tables.args.OfStacked(tables.first, tile.source).num_dropped,
+  if (Lane() == 0 && dropped > 0 && tables.IsWanted(tile.source)) {
+    atomicAdd(tables.OutputsOf(tile.source).num_dropped,
               static_cast<std::int32_t>(dropped));
   }
 }

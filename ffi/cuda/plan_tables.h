@@ -8,7 +8,9 @@
 
 #include "common/dropped.h"
 #include "common/plan.h"
+#include "common/plan_bounds.h"
 #include "cuda/device.h"
+#include "cuda/plan.h"
 
 namespace jax_ep::cuda {
 
@@ -32,10 +34,12 @@ inline constexpr std::int64_t kSharedCounters = 1024;
 // per destination rank.
 struct PlanTables {
   PlanTables() = default;
-  PlanTables(const PlanArgs& plan, const PlanArrays& first_outputs, std::int32_t* space)
+  PlanTables(const PlanArgs& plan, const PlanArrays& first_outputs,
+             const PlanRanks& wanted, std::int32_t* space)
       : args(plan),
         topk_idx(plan.topk_idx),
         first(first_outputs),
+        ranks(wanted),
         tiles_per_source(TilesPerSource(plan)),
         columns(plan.num_experts + plan.num_ranks),
         dest_by_priority(reinterpret_cast<std::uint16_t*>(space)),
@@ -43,7 +47,8 @@ struct PlanTables {
         placed(asked + rows() * columns),
         scratch(placed + rows() * columns),
         group_start(scratch + rows() * columns),
-        cutoff(group_start + plan.num_experts) {}
+        cutoff(group_start + plan.num_experts),
+        output_of(cutoff + plan.num_ranks) {}
 
   static std::int64_t TilesPerSource(const PlanArgs& plan) {
     const std::int64_t tiles =
@@ -53,7 +58,7 @@ struct PlanTables {
   static std::int64_t Words(const PlanArgs& plan) {
     const std::int64_t table =
         plan.num_ranks * TilesPerSource(plan) * (plan.num_experts + plan.num_ranks);
-    return DestWords(plan) + 3 * table + plan.num_experts + plan.num_ranks;
+    return DestWords(plan) + 3 * table + plan.num_experts + 2 * plan.num_ranks;
   }
   // Whole vectors of 16 bytes, two ranks in a word.
   static std::int64_t DestWords(const PlanArgs& plan) {
@@ -65,6 +70,13 @@ struct PlanTables {
   }
   __device__ std::int64_t DestColumn(std::int64_t dest) const {
     return args.num_experts + dest;
+  }
+  // Whether this rank's plan is made, and its outputs if it is.
+  __device__ bool IsWanted(std::int64_t rank) const {
+    return output_of[rank] != kDropped;
+  }
+  __device__ PlanArrays OutputsOf(std::int64_t rank) const {
+    return args.OfStacked(first, output_of[rank]);
   }
   // Whether any rank is asked for more than it holds; by one warp.
   __device__ bool Overflows() const {
@@ -87,6 +99,7 @@ struct PlanTables {
   PlanArgs args;
   PeerTable topk_idx;  // that of args, bound to where its addresses are
   PlanArrays first;
+  PlanRanks ranks;
   std::int64_t tiles_per_source;
   std::int64_t columns;
   std::uint16_t* dest_by_priority;  // of every choice, kNowhere: none
@@ -95,6 +108,7 @@ struct PlanTables {
   std::int32_t* scratch;            // counters for which shared memory has no room
   std::int32_t* group_start;        // [expert], its group's first row
   std::int32_t* cutoff;             // [rank] keeps choices of lower priority
+  std::int32_t* output_of;          // [rank], which output is its, kDropped: none
 };
 
 // One tile, as the warp sees it that works on it. A lane holds every 32nd choice.

@@ -235,7 +235,7 @@ EP_TEST(RefusesMorePeersThanThereIsRoomFor) {
   args.num_tokens = args.num_topk = args.capacity = args.alignment = 1;
   std::vector<std::int32_t> workspace(
       static_cast<std::size_t>(cuda::PlanWorkspace(args)));
-  EP_CHECK_EQ(cuda::MakePlans(args, {}, workspace.data(), nullptr),
+  EP_CHECK_EQ(cuda::MakePlans(args, {}, {}, workspace.data(), nullptr),
               cudaErrorInvalidValue);
 }
 

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "bad_plan.h"
 #include "check.h"
 #include "cuda/plan.h"
 #include "cuda_launches.h"
@@ -21,22 +22,22 @@ std::vector<std::int32_t> Slice(const T* data, std::int64_t index, std::int64_t 
   return {data + index * size, data + (index + 1) * size};
 }
 
-// The outputs of all ranks' plans.
+// The outputs of some ranks' plans.
 class StackedPlans {
  public:
-  StackedPlans(const Geometry& g, std::mt19937_64& rng)
+  StackedPlans(const Geometry& g, std::int64_t count, std::mt19937_64& rng)
       : geometry_(g),
-        group_sizes_(g.num_experts(), rng),
-        kept_(g.num_ranks * g.choices_per_rank(), rng),
-        expert_load_(g.num_ranks * g.num_experts(), rng),
-        recv_counts_(g.num_ranks * g.num_ranks, rng),
-        num_dropped_(g.num_ranks, rng),
-        send_rank_(g.num_ranks * g.choices_per_rank(), rng),
-        send_row_(g.num_ranks * g.choices_per_rank(), rng),
-        recv_choice_(g.num_ranks * g.capacity, rng),
-        recv_row_(g.num_ranks * g.capacity, rng),
-        group_rows_(g.num_experts(), rng),
-        fingerprint_(g.num_ranks, rng) {}
+        group_sizes_(count * g.num_local_experts, rng),
+        kept_(count * g.choices_per_rank(), rng),
+        expert_load_(count * g.num_experts(), rng),
+        recv_counts_(count * g.num_ranks, rng),
+        num_dropped_(count, rng),
+        send_rank_(count * g.choices_per_rank(), rng),
+        send_row_(count * g.choices_per_rank(), rng),
+        recv_choice_(count * g.capacity, rng),
+        recv_row_(count * g.capacity, rng),
+        group_rows_(count * g.num_local_experts, rng),
+        fingerprint_(count, rng) {}
 
   PlanArrays First() {
     return {.group_sizes = group_sizes_.data(),
@@ -52,22 +53,21 @@ class StackedPlans {
             .fingerprint = fingerprint_.data()};
   }
 
-  void Check(std::int64_t rank, const RankPlan& want) const {
+  void Check(std::int64_t i, const RankPlan& want) const {
     const std::int64_t num_local = geometry_.num_local_experts;
     const std::int64_t choices = geometry_.choices_per_rank();
-    EP_CHECK_EQ(Slice(group_sizes_.data(), rank, num_local), want.group_sizes);
-    EP_CHECK_EQ(Slice(kept_.data(), rank, choices), want.kept);
-    EP_CHECK_EQ(Slice(expert_load_.data(), rank, geometry_.num_experts()),
+    EP_CHECK_EQ(Slice(group_sizes_.data(), i, num_local), want.group_sizes);
+    EP_CHECK_EQ(Slice(kept_.data(), i, choices), want.kept);
+    EP_CHECK_EQ(Slice(expert_load_.data(), i, geometry_.num_experts()),
                 want.expert_load);
-    EP_CHECK_EQ(Slice(recv_counts_.data(), rank, geometry_.num_ranks),
-                want.recv_counts);
-    EP_CHECK_EQ(num_dropped_.data()[rank], want.num_dropped);
-    EP_CHECK_EQ(Slice(send_rank_.data(), rank, choices), want.send_rank);
-    EP_CHECK_EQ(Slice(send_row_.data(), rank, choices), want.send_row);
-    EP_CHECK_EQ(ReceiveList(recv_choice_, rank, want), want.recv_choice);
-    EP_CHECK_EQ(ReceiveList(recv_row_, rank, want), want.recv_row);
-    EP_CHECK_EQ(Slice(group_rows_.data(), rank, num_local), want.group_rows);
-    EP_CHECK_EQ(fingerprint_.data()[rank], 0U);
+    EP_CHECK_EQ(Slice(recv_counts_.data(), i, geometry_.num_ranks), want.recv_counts);
+    EP_CHECK_EQ(num_dropped_.data()[i], want.num_dropped);
+    EP_CHECK_EQ(Slice(send_rank_.data(), i, choices), want.send_rank);
+    EP_CHECK_EQ(Slice(send_row_.data(), i, choices), want.send_row);
+    EP_CHECK_EQ(ReceiveList(recv_choice_, i, want), want.recv_choice);
+    EP_CHECK_EQ(ReceiveList(recv_row_, i, want), want.recv_row);
+    EP_CHECK_EQ(Slice(group_rows_.data(), i, num_local), want.group_rows);
+    EP_CHECK_EQ(fingerprint_.data()[i], 0U);
   }
 
   void CheckBehind() const {
@@ -81,10 +81,10 @@ class StackedPlans {
   }
 
  private:
-  // The part in use of a rank's list.
+  // The part in use of a list.
   std::vector<std::int32_t> ReceiveList(const Output<std::int32_t>& lists,
-                                        std::int64_t rank, const RankPlan& want) const {
-    const std::int32_t* list = lists.data() + rank * geometry_.capacity;
+                                        std::int64_t i, const RankPlan& want) const {
+    const std::int32_t* list = lists.data() + i * geometry_.capacity;
     return {list, list + want.recv_choice.size()};
   }
 
@@ -102,10 +102,46 @@ class StackedPlans {
   Output<std::uint32_t> fingerprint_;
 };
 
-// The ranks' plans are what the reference says, whether their choices lie one after the
-// other or each in memory of its own.
-void CheckPlans(const Geometry& geometry, const Choices& choices,
-                std::mt19937_64& rng) {
+// Makes the plans of these ranks and compares them with the reference's of all.
+void CheckPlansOf(const Choices& ranks, const PlanArgs& args, const Geometry& geometry,
+                  const std::vector<RankPlan>& want, std::mt19937_64& rng) {
+  const Case which("plans of " + Show(ranks));
+  const auto count = static_cast<std::int64_t>(ranks.size());
+  StackedPlans plans(geometry, count, rng);
+  Output<std::int32_t> workspace(cuda::PlanWorkspace(args), rng);
+  const cuda::PlanRanks wanted = {.ranks = ranks.data(), .num_stacked = count};
+  if (!EP_CHECK_RAN(
+          cuda::MakePlans(args, plans.First(), wanted, workspace.data(), nullptr))) {
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int32_t rank = ranks[static_cast<std::size_t>(i)];
+    plans.Check(i, want[static_cast<std::size_t>(rank)]);
+  }
+  plans.CheckBehind();
+  EP_CHECK(workspace.IsIntactBehind());
+}
+
+Choices AllRanks(const Geometry& geometry) {
+  Choices ranks(static_cast<std::size_t>(geometry.num_ranks));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  return ranks;
+}
+
+// A rank alone, some in any order, or all.
+Choices SomeRanks(const Geometry& geometry, std::mt19937_64& rng) {
+  Choices ranks = AllRanks(geometry);
+  std::ranges::shuffle(ranks, rng);
+  if (rng() % 2 == 0) ranks.resize(1);
+  if (rng() % 2 == 0) ranks.resize(1 + rng() % ranks.size());
+  return ranks;
+}
+
+// Runs check(args, wanted plans), with the ranks' choices one after the other or each
+// in memory of its own.
+template <typename Check>
+void WithArguments(const Geometry& geometry, const Choices& choices,
+                   std::mt19937_64& rng, Check check) {
   const std::uint64_t seed = rng();
   const Case which(geometry.Text() + " seed=" + Show(seed) + " choices " +
                    Show(choices));
@@ -129,16 +165,16 @@ void CheckPlans(const Geometry& geometry, const Choices& choices,
       .capacity = geometry.capacity,
       .alignment = geometry.alignment,
   };
-  StackedPlans plans(geometry, rng);
-  Output<std::int32_t> workspace(cuda::PlanWorkspace(args), rng);
-  if (!EP_CHECK_RAN(cuda::MakePlans(args, plans.First(), workspace.data(), nullptr)))
-    return;
-  const std::vector<RankPlan> want = ReferencePlans(geometry, choices);
-  for (std::size_t rank = 0; rank < want.size(); ++rank) {
-    plans.Check(static_cast<std::int64_t>(rank), want[rank]);
-  }
-  plans.CheckBehind();
-  EP_CHECK(workspace.IsIntactBehind());
+  check(args, ReferencePlans(geometry, choices));
+}
+
+// All ranks' plans, and those of some, are what the reference says.
+void CheckPlans(const Geometry& geometry, const Choices& choices,
+                std::mt19937_64& rng) {
+  WithArguments(geometry, choices, rng, [&](const PlanArgs& args, const auto& want) {
+    CheckPlansOf(AllRanks(geometry), args, geometry, want, rng);
+    CheckPlansOf(SomeRanks(geometry, rng), args, geometry, want, rng);
+  });
 }
 
 // Room for all choices, for all but one, and for any number of them.
@@ -239,6 +275,57 @@ EP_TEST(PlansMoreCountersThanSharedMemoryHolds) {
   }
   CheckCapacities({.num_ranks = 40, .num_local_experts = 30, .num_tokens = 4},
                   Routing::kUniform, rng);
+}
+
+void CheckLonePlans(Geometry geometry, std::int64_t budget, std::int64_t step,
+                    std::mt19937_64& rng) {
+  geometry.capacity = geometry.CapacityFor(budget);
+  const Choices choices = RandomChoices(geometry, Routing::kHoles, rng);
+  WithArguments(geometry, choices, rng, [&](const PlanArgs& args, const auto& want) {
+    for (std::int64_t rank = 0; rank < geometry.num_ranks; rank += step) {
+      CheckPlansOf({static_cast<std::int32_t>(rank)}, args, geometry, want, rng);
+    }
+  });
+}
+
+// Each rank's plan alone; and a few, of as many ranks as may have choices anywhere.
+EP_TEST(PlansForOneOfManyRanks) {
+  std::mt19937_64 rng(7);
+  for (const std::int64_t budget : {12, 60}) {
+    CheckLonePlans({.num_ranks = 9,
+                    .num_local_experts = 3,
+                    .num_tokens = 70,
+                    .num_topk = 4,
+                    .alignment = 4},
+                   budget * 8, 1, rng);
+    CheckLonePlans({.num_ranks = 64,
+                    .num_local_experts = 2,
+                    .num_tokens = 5,
+                    .num_topk = 4,
+                    .alignment = 4},
+                   budget, 21, rng);
+  }
+}
+
+// A rank that is none has no plan; the others have theirs.
+EP_TEST(LeavesOutRanksThatDoNotExist) {
+  std::mt19937_64 rng(8);
+  const Geometry geometry = {
+      .num_ranks = 3, .num_tokens = 9, .num_topk = 2, .capacity = 30};
+  const Choices choices = RandomChoices(geometry, Routing::kUniform, rng);
+  WithArguments(geometry, choices, rng, [&](const PlanArgs& args, const auto& want) {
+    for (const std::int32_t none : NumbersOutside(geometry.num_ranks)) {
+      StackedPlans plans(geometry, 2, rng);
+      Output<std::int32_t> workspace(cuda::PlanWorkspace(args), rng);
+      const Choices ranks = {none, 2};
+      EP_CHECK_RAN(cuda::MakePlans(args, plans.First(),
+                                   {.ranks = ranks.data(), .num_stacked = 2},
+                                   workspace.data(), nullptr));
+      plans.Check(1, want[2]);
+      plans.CheckBehind();
+      EP_CHECK(workspace.IsIntactBehind());
+    }
+  });
 }
 
 }  // namespace

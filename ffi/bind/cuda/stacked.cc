@@ -36,11 +36,15 @@ cudaError_t Launch(const RowDotsArgs& args, std::int64_t num_stacked,
 
 struct StackedPlan {
   PlanOp::Call call;
+  const std::int32_t* ranks;  // where the GPU reads them
   std::int32_t* workspace;
 };
 
-cudaError_t Run(const StackedPlan& plan, std::int64_t, cudaStream_t stream) {
-  return cuda::MakePlans(plan.call.args, plan.call.own, plan.workspace, stream);
+cudaError_t Run(const StackedPlan& plan, std::int64_t num_stacked,
+                cudaStream_t stream) {
+  return cuda::MakePlans(plan.call.args, plan.call.own,
+                         {.ranks = plan.ranks, .num_stacked = num_stacked},
+                         plan.workspace, stream);
 }
 
 template <typename KernelArgs>
@@ -57,10 +61,12 @@ cudaError_t Run(const PlannedCall<KernelArgs>& call, std::int64_t num_stacked,
 template <typename Op>
 auto ReadCall(CallReader& reader) {
   typename Op::Call call = Op::Read(reader);
+  reader.Require(reader.where().num_stacked == reader.where().num_ranks, "all ranks");
   if constexpr (std::is_same_v<Op, PlanOp>) {
     const std::int64_t words = reader.failed() ? 0 : cuda::PlanWorkspace(call.args);
     auto* workspace = reader.Result<std::int32_t>("workspace", words);
-    return StackedPlan{.call = call, .workspace = workspace};
+    return StackedPlan{
+        .call = call, .ranks = reader.where().rank, .workspace = workspace};
   } else {
     return call;
   }
