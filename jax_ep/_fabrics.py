@@ -11,13 +11,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jax_ep import _processes
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
-from jax_ep._library import describe_handlers, library, library_problem
+from jax_ep._library import describe_handlers, gpu_peers_problem, library, library_problem
 from jax_ep._ops import OPS, PLAN, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
@@ -48,9 +49,9 @@ class Fabric:
       join: brings the processes together that the exchange needs, and waits for them; says why they
         cannot exchange, or None.
       adds: what its handlers take and return beside what the op does.
-      operands: their names; they stand between the place and the plan.
-      results: likewise, by op; they stand last.
-      attributes: likewise.
+      operands: their names, by op; they stand between the place and the plan.
+      results: likewise; they stand last.
+      attributes: likewise, of every op.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Fabric:
     refuses: Callable[[Call], str | None]
     join: Callable[[Call], Refusal | None] = lambda _: None
     adds: Callable[[Call, Operands], Additions] = lambda *_: Additions()
-    operands: tuple[str, ...] = ()
+    operands: Callable[[Op], tuple[str, ...]] = lambda _: ()
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
     attributes: tuple[str, ...] = ()
 
@@ -71,7 +72,7 @@ class Fabric:
         """Returns what the library should say of an op's handler."""
         plan = PlanArrays._fields if op.takes_plan else ()
         return {
-            "operands": [*Place._fields, *self.operands, *plan, *op.payloads],
+            "operands": [*Place._fields, *self.operands(op), *plan, *op.payloads],
             "results": [*op.results, *self.results(op)],
             "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes]),
         }
@@ -139,11 +140,24 @@ def _refuses_several_devices(call: Call) -> str | None:
     return f"it serves ranks that are all on one, and these are {call.layout.num_ranks} {devices}"
 
 
-def _refuses_on_gpu(call: Call) -> str | None:
+def _refuses_choices(call: Call) -> str | None:
     most, num_topk = library("gpu").jax_ep_max_topk(), call.layout.num_topk
     if num_topk > most:
         return f"it has room for {most} choices per token, and these are {num_topk}"
-    return _refuses_several_devices(call)
+    return None
+
+
+def _refuses_on_gpu(call: Call) -> str | None:
+    return _refuses_choices(call) or _refuses_several_devices(call)
+
+
+def _refuses_gpus(call: Call) -> str | None:
+    if (problem := _refuses_choices(call) or _refuses_several_processes(call)) is not None:
+        return problem
+    most, num_ranks = library("gpu").jax_ep_max_peers(), call.layout.num_ranks
+    if num_ranks > most:
+        return f"it has room for {most} ranks, and these are {num_ranks}"
+    return gpu_peers_problem()
 
 
 def _refuses_several_processes(call: Call) -> str | None:
@@ -165,6 +179,15 @@ def _add_workspace(call: Call, operands: Operands) -> Additions:
     geometry = (layout.num_ranks, layout.num_tokens, layout.num_topk, layout.num_experts)
     words = library("gpu").jax_ep_plan_workspace(*geometry)
     return Additions(results=[result_type((words,), jnp.int32, operands.payloads[0])])
+
+
+def _add_choices_of_all(call: Call, operands: Operands) -> Additions:
+    attributes = _add_members(call, operands).attributes
+    if call.op is not PLAN:
+        return Additions(attributes=attributes)
+    (topk_idx,) = operands.payloads
+    gathered = jax.lax.all_gather(topk_idx, call.layout.axis_name)
+    return Additions([gathered], _add_workspace(call, operands).results, attributes)
 
 
 def _add_members(call: Call, _: Operands) -> Additions:
@@ -200,7 +223,7 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_one_process,
         join=lambda call: _processes.join(call.processes),
         adds=_add_agreement,
-        operands=("numbers",),
+        operands=lambda _: ("numbers",),
         attributes=("members", "kind"),
     ),
     Fabric(
@@ -210,5 +233,15 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_on_gpu,
         adds=_add_workspace,
         results=lambda op: ("workspace",) if op is PLAN else (),
+    ),
+    Fabric(
+        name="devices",
+        platform="gpu",
+        serves="ranks on GPUs of one process that can read each other's memory",
+        refuses=_refuses_gpus,
+        adds=_add_choices_of_all,
+        operands=lambda op: ("gathered",) if op is PLAN else (),
+        results=lambda op: ("workspace",) if op is PLAN else (),
+        attributes=("members",),
     ),
 )

@@ -47,11 +47,14 @@ def library(platform: Platform) -> ctypes.CDLL:
     loaded.jax_ep_handlers.restype = ctypes.c_char_p
     if platform == "gpu":
         loaded.jax_ep_cuda_version.restype = ctypes.c_int
+        loaded.jax_ep_max_peers.restype = ctypes.c_int64
         loaded.jax_ep_max_topk.restype = ctypes.c_int64
         loaded.jax_ep_plan_workspace.restype = ctypes.c_int64
         loaded.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
-        return loaded
-    loaded.jax_ep_instruction_set.restype = ctypes.c_char_p
+        numbers = ctypes.POINTER(ctypes.c_int32)
+        loaded.jax_ep_strangers.argtypes = [numbers, ctypes.c_int32, numbers]
+    else:
+        loaded.jax_ep_instruction_set.restype = ctypes.c_char_p
     loaded.jax_ep_log_calls.argtypes = [ctypes.c_int]
     loaded.jax_ep_wait_timeout.restype = ctypes.c_double
     loaded.jax_ep_set_wait_timeout.restype = ctypes.c_double
@@ -78,6 +81,30 @@ def library_problem(platform: Platform) -> str | None:
     if built > (runs := ffi_minor_version()):
         return f"the native library needs XLA FFI 0.{built}, and this jaxlib has 0.{runs}"
     return None
+
+
+def usable_libraries() -> list[ctypes.CDLL]:
+    """Returns the libraries of this process's platforms that can be loaded."""
+    return [library(platform) for platform in get_args(Platform) if not library_problem(platform)]
+
+
+@functools.cache
+def gpu_peers_problem() -> str | None:
+    """Returns which of this process's GPUs cannot read each other's memory, or None."""
+    try:
+        devices = jax.local_devices(backend=_jax_platform("gpu"))
+    except RuntimeError:
+        return None  # What is lowered here is to run elsewhere.
+    ordinals = (ctypes.c_int32 * len(devices))(*map(ordinal, devices))
+    strangers = (ctypes.c_int32 * 2)()
+    if not library("gpu").jax_ep_strangers(ordinals, len(devices), strangers):
+        return None
+    return "GPU {} cannot read the memory of GPU {} of this process".format(*strangers)
+
+
+def ordinal(device: Any) -> int:
+    """Returns the number of one of this process's devices, as XLA tells it to handlers."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
 
 
 def describe(platform: Platform) -> dict[str, str]:
@@ -136,19 +163,19 @@ def register_handlers(platform: Platform) -> None:
 @functools.cache
 def _register_once(platform: Platform) -> None:
     loaded = library(platform)
-    if platform == "cpu":
-        loaded.jax_ep_set_process(jax.process_index())
-        call_site: Any = {
-            "type_id": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_id()),
-            "type_info": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_info()),
-        }
-        jax.ffi.register_ffi_type("jax_ep_call_site", call_site, platform="cpu")
+    ffi_platform = _FFI_PLATFORMS[_jax_platform(platform)]
+    loaded.jax_ep_set_process(jax.process_index())
+    call_site: Any = {
+        "type_id": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_id()),
+        "type_info": jax.ffi.pycapsule(loaded.jax_ep_call_site_type_info()),
+    }
+    jax.ffi.register_ffi_type("jax_ep_call_site", call_site, platform=ffi_platform)
     for name, handler in describe_handlers(platform).items():
         stages = {
             stage: jax.ffi.pycapsule(getattr(loaded, symbol))
             for stage, symbol in handler["stages"].items()
         }
-        jax.ffi.register_ffi_target(name, stages, platform=_FFI_PLATFORMS[_jax_platform(platform)])
+        jax.ffi.register_ffi_target(name, stages, platform=ffi_platform)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_ep._call import Call, Operands
 from jax_ep._compat import distributed_client, result_type, vary_over, varying_axes
-from jax_ep._library import library, register_handlers
+from jax_ep._library import library, ordinal, register_handlers
 
 _PROBLEM_BYTES = 512
 _join_lock = threading.Lock()
@@ -32,10 +32,10 @@ class Refusal(NamedTuple):
 
 
 def members(devices: np.ndarray | None) -> np.ndarray:
-    """Returns which devices the ranks of each group are, each as ``process << 32 | id``."""
+    """Returns which devices the ranks of each group are: ``process << 32 | ordinal`` of each."""
     if devices is None:
         return np.zeros(0, np.int64)
-    codes = [(d.process_index << 32) | d.id for d in devices.flat]
+    codes = [(d.process_index << 32) | ordinal(d) for d in devices.flat]
     return np.array(codes, np.int64)
 
 

@@ -3,7 +3,7 @@
 import ctypes
 
 from jax_ep._checks import check_seconds
-from jax_ep._library import library, library_problem, register_handlers
+from jax_ep._library import library, library_problem, register_handlers, usable_libraries
 
 
 def set_wait_timeout(seconds: float) -> float:
@@ -32,9 +32,8 @@ def set_wait_timeout(seconds: float) -> float:
       NotImplementedError: the native library cannot be loaded, so nothing would wait.
     """
     check_seconds("seconds", seconds, 0.001)
-    if (reason := library_problem("cpu")) is not None:
-        raise NotImplementedError(reason)
-    return library("cpu").jax_ep_set_wait_timeout(float(seconds))
+    before, *_ = [loaded.jax_ep_set_wait_timeout(float(seconds)) for loaded in _libraries()]
+    return before
 
 
 def log_calls(enabled: bool) -> bool:
@@ -58,9 +57,14 @@ def log_calls(enabled: bool) -> bool:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be a bool; got {enabled!r}.")
-    if (reason := library_problem("cpu")) is not None:
-        raise NotImplementedError(reason)
-    return bool(library("cpu").jax_ep_log_calls(int(enabled)))
+    before, *_ = [loaded.jax_ep_log_calls(int(enabled)) for loaded in _libraries()]
+    return bool(before)
+
+
+def _libraries() -> list[ctypes.CDLL]:
+    if not (usable := usable_libraries()):
+        raise NotImplementedError(library_problem("cpu"))
+    return usable
 
 
 def end_at(phase: int, exchanges: int, signal: int) -> None:

@@ -16,8 +16,12 @@
 #include "common/row_dots.h"
 
 // Expands X(name, Op) for every op: a fabric's file defines its handlers so.
-#define EP_FOR_EACH_OP(X)          \
-  X(plan, PlanOp)                  \
+#define EP_FOR_EACH_OP(X) \
+  X(plan, PlanOp)         \
+  EP_FOR_EACH_PLANNED_OP(X)
+
+// The same for all that take a plan.
+#define EP_FOR_EACH_PLANNED_OP(X)  \
   X(gather_rows, GatherRowsOp)     \
   X(gather_scaled, GatherScaledOp) \
   X(reduce_rows, ReduceRowsOp)     \

@@ -11,3 +11,10 @@ set(cuda_kernels
   reduce_rows.cu
   row_dots.cu)
 list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+
+# What brings ranks on several GPUs together, as C++.
+set(cuda_fabrics
+  signal.cc
+  stream_exchange.cc
+  stream_points.cc)
+list(TRANSFORM cuda_fabrics PREPEND ${CMAKE_CURRENT_LIST_DIR}/../fabric/gpus/)

@@ -4,16 +4,34 @@
 #include <cstdint>
 
 #include "common/plan.h"
+#include "cuda/peers.h"
 #include "cuda/plan.h"
 #include "cuda/reduce_rows.h"
-#include "xla/ffi/api/ffi.h"
 
 // What Python asks of the library besides the handlers, by ctypes.
 extern "C" {
 
-int jax_ep_ffi_minor_version() { return XLA_FFI_API_MINOR; }
-
 int jax_ep_cuda_version() { return CUDART_VERSION; }
+
+std::int64_t jax_ep_max_peers() { return jax_ep::cuda::kMaxPeers; }
+
+// Looks for two of these devices of which the first cannot read the memory of the
+// second; returns whether there are such, and which.
+int jax_ep_strangers(const std::int32_t* devices, std::int32_t count,
+                     std::int32_t* strangers) {
+  for (std::int32_t i = 0; i < count; ++i) {
+    for (std::int32_t j = 0; j < count; ++j) {
+      int can = 0;
+      if (i == j) continue;
+      if (cudaDeviceCanAccessPeer(&can, devices[i], devices[j]) == cudaSuccess && can)
+        continue;
+      strangers[0] = devices[i];
+      strangers[1] = devices[j];
+      return 1;
+    }
+  }
+  return 0;
+}
 
 std::int64_t jax_ep_max_topk() { return jax_ep::cuda::kMaxTopk; }
 

@@ -3,36 +3,15 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
+#include "bind/cuda/kernels.h"
 #include "bind/handler_list.h"
 #include "bind/ops.h"
-#include "cuda/gather_rows.h"
-#include "cuda/gather_scaled.h"
 #include "cuda/plan.h"
-#include "cuda/reduce_rows.h"
-#include "cuda/row_dots.h"
 
 namespace jax_ep {
 namespace {
-
-// Puts a kernel for `num_stacked` ranks on the stream.
-cudaError_t Launch(const GatherRowsArgs& args, std::int64_t num_stacked,
-                   cudaStream_t stream) {
-  return (args.scaled ? cuda::GatherScaled : cuda::GatherRows)(args, num_stacked,
-                                                               stream);
-}
-
-cudaError_t Launch(const ReduceRowsArgs& args, std::int64_t num_stacked,
-                   cudaStream_t stream) {
-  return cuda::ReduceRows(args, num_stacked, stream);
-}
-
-cudaError_t Launch(const RowDotsArgs& args, std::int64_t num_stacked,
-                   cudaStream_t stream) {
-  return cuda::RowDots(args, num_stacked, stream);
-}
 
 struct StackedPlan {
   PlanOp::Call call;
@@ -50,11 +29,7 @@ cudaError_t Run(const StackedPlan& plan, std::int64_t num_stacked,
 template <typename KernelArgs>
 cudaError_t Run(const PlannedCall<KernelArgs>& call, std::int64_t num_stacked,
                 cudaStream_t stream) {
-  for (const KernelArgs& args : call.kernels) {
-    const cudaError_t error = Launch(args, num_stacked, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return LaunchKernels(call, num_stacked, stream);
 }
 
 // The plan wants a workspace, which XLA hands it as one more result.
@@ -78,10 +53,7 @@ ffi::Error ExchangeStacked(cudaStream_t stream, ffi::RemainingArgs operands,
   CallReader reader(operands, results, attributes);
   const auto call = ReadCall<Op>(reader);
   if (reader.failed()) return reader.error();
-  const cudaError_t error = Run(call, reader.where().num_stacked, stream);
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("jax_ep: CUDA says ") +
-                              cudaGetErrorString(error));
+  return CudaError(Run(call, reader.where().num_stacked, stream));
 }
 
 }  // namespace

@@ -388,9 +388,7 @@ void Channel::Fail(const std::vector<std::shared_ptr<Meeting>>& meetings) {
     why = *failure_;
   }
   for (const auto& meeting : meetings) {
-    for (Meeting::Notice& notice : meeting->TakeNotices(why)) {
-      options_.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
-    }
+    TellFailed(meeting->TakeNotices(why), options_.schedule);
   }
 }
 

@@ -98,7 +98,8 @@ struct Attendance {
   std::function<std::vector<Work>(const PeerTables&)> make_work;
   // Called once, from any thread. It may go on to run whatever the rank does next.
   Done done;
-  // For helpers and for the peers' `done`; used only while Attend runs.
+  // For helpers and for the peers' `done`; used only while Attend runs. Without one the
+  // thread does all of it.
   Schedule schedule;
   // If there are peers in other processes: who, and how they get what they are to find.
   std::shared_ptr<const Span> span = nullptr;

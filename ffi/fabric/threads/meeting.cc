@@ -40,6 +40,12 @@ Caller CallerOf(std::int32_t rank, const CallPrint& print,
 }  // namespace
 
 void TellAll(std::vector<Done> untold, const Schedule& schedule) {
+  if (!schedule) {
+    for (const Done& done : untold) {
+      if (done) done(std::nullopt);
+    }
+    return;
+  }
   struct Untold {
     explicit Untold(std::vector<Done> all) : done(std::move(all)) {}
     std::mutex mutex;
@@ -62,6 +68,16 @@ void TellAll(std::vector<Done> untold, const Schedule& schedule) {
     schedule([next] {
       while (const Done done = next()) done(std::nullopt);
     });
+  }
+}
+
+void TellFailed(std::vector<Meeting::Notice> notices, const Schedule& schedule) {
+  for (Meeting::Notice& notice : notices) {
+    if (schedule) {
+      schedule([notice = std::move(notice)] { notice.done(notice.failure); });
+    } else {
+      notice.done(notice.failure);
+    }
   }
 }
 
@@ -177,9 +193,7 @@ void MeetingPoint::TakePart(const Attendance& attendance) {
   if (!is_last && !failed) WatchUntil(meeting->deadline);
   lock.unlock();  // from here on, only the last rank may look at the meeting
 
-  for (Notice& notice : notices) {
-    attendance.schedule([notice = std::move(notice)] { notice.done(notice.failure); });
-  }
+  TellFailed(std::move(notices), attendance.schedule);
   if (failed || !is_last) return;
   if (meeting->span) {
     meeting->span->relay->Take(meeting);

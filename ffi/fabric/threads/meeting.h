@@ -85,6 +85,9 @@ struct Meeting {
 // as a rule it takes less time than waking one.
 void TellAll(std::vector<Done> untold, const Schedule& schedule);
 
+// The same for ranks whose exchange has failed.
+void TellFailed(std::vector<Meeting::Notice> notices, const Schedule& schedule);
+
 // How long ranks wait for each other until somebody sets another limit. XLA:CPU aborts
 // a process whose collectives have waited for a minute: by then our error has been
 // told.

@@ -115,7 +115,7 @@ void RunTogether(std::vector<Work> works, const Schedule& schedule,
   // Helpers may be run after this has returned: they find nothing left to take.
   const auto together = std::make_shared<Together>(std::move(works));
   WorkShare& share = together->share;
-  const std::int64_t wanted = std::min(max_threads, share.num_chunks());
+  const std::int64_t wanted = schedule ? std::min(max_threads, share.num_chunks()) : 1;
   for (std::int64_t i = 1; i < wanted; ++i) schedule([together] { Help(*together); });
   using Clock = std::chrono::steady_clock;
   bool waits_for_help = wanted > 1;

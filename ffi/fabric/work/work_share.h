@@ -50,7 +50,8 @@ class WorkShare {
   std::atomic<std::int64_t> ended_{0};
 };
 
-// Runs tasks on some thread, at some time, or never.
+// Runs tasks on some thread, at some time, or never. Where none is given, a thread does
+// what there is to do by itself.
 using Schedule = std::function<void(std::function<void()>)>;
 
 std::int64_t NumCores();

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -81,8 +82,9 @@ class Mapping {
   void* data_ = nullptr;
 };
 
-// How often an event has been put on a stream, and how often a stream has come to it.
-// Copies are of the same event, which lasts until streams are done with it.
+// How often an event has been put on a stream, and to which of these times a stream has
+// come: not always in their order, if they are on several streams. Copies are of the
+// same event, which lasts until streams are done with it.
 class Event {
  public:
   explicit Event(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {}
@@ -90,28 +92,29 @@ class Event {
   std::uint64_t Record() const { return words().recorded.fetch_add(1) + 1; }
   std::uint64_t recorded() const { return words().recorded.load(); }
 
-  void Complete(std::uint64_t generation) const {
-    std::uint64_t completed = words().completed.load();
-    while (completed < generation &&
-           !words().completed.compare_exchange_weak(completed, generation)) {
-    }
-  }
+  void Complete(std::uint64_t generation) const { Completed(generation) = generation; }
 
   // Another process may complete it, so this looks again and again.
   void Await(std::uint64_t generation) const {
-    while (words().completed.load() < generation) {
+    while (Completed(generation).load() < generation) {
       std::this_thread::sleep_for(microseconds(20));
     }
   }
 
   EmulatedIpcHandle handle() const { return mapping_->handle(); }
 
+  // How many times it may be on streams at once.
+  static constexpr std::uint64_t kMaxPending = 64;
+
   struct Words {
     std::atomic<std::uint64_t> recorded;
-    std::atomic<std::uint64_t> completed;
+    std::array<std::atomic<std::uint64_t>, kMaxPending> completed;
   };
 
  private:
+  std::atomic<std::uint64_t>& Completed(std::uint64_t generation) const {
+    return words().completed[generation % kMaxPending];
+  }
   Words& words() const { return *static_cast<Words*>(mapping_->data()); }
 
   std::shared_ptr<Mapping> mapping_;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "fabric/work/crew.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla::ffi {
@@ -53,6 +54,43 @@ struct OnCpu<handler> {
 };
 
 }  // namespace jax_ep::emulation
+
+// Takes the place of bind/cuda/launch_thread.h. XLA:CPU runs independent calls in
+// different orders on different devices: a thread of it that waited could be the one
+// which a peer needs to come. So exchanges run on threads of their own.
+#define JAX_EP_FFI_BIND_CUDA_LAUNCH_THREAD_H_
+
+namespace jax_ep {
+
+using Launched = xla::ffi::Future;
+
+inline Launched NotLaunched(const xla::ffi::Error& error) {
+  xla::ffi::Promise promise;
+  Launched launched(promise);
+  promise.SetError(error);
+  return launched;
+}
+
+template <typename Exchange>
+Launched OnLaunchThread(cudaStream_t stream, Exchange exchange) {
+  static auto* crew = new Crew();
+  xla::ffi::Promise promise;
+  Launched launched(promise);
+  int device = 0;
+  cudaGetDevice(&device);
+  crew->Schedule([stream, exchange, promise, device]() mutable {
+    cudaSetDevice(device);
+    xla::ffi::Error error = exchange();
+    const cudaError_t ended = cudaStreamSynchronize(stream);
+    if (error.success() && ended != cudaSuccess) {
+      error = xla::ffi::Error::Internal(cudaGetErrorString(ended));
+    }
+    error.success() ? promise.SetAvailable() : promise.SetError(error);
+  });
+  return launched;
+}
+
+}  // namespace jax_ep
 
 #undef XLA_FFI_DEFINE_HANDLER_SYMBOL
 #define XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, handler, binding, ...)      \
