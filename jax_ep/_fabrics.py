@@ -152,12 +152,20 @@ def _refuses_on_gpu(call: Call) -> str | None:
 
 
 def _refuses_gpus(call: Call) -> str | None:
-    if (problem := _refuses_choices(call) or _refuses_several_processes(call)) is not None:
+    if (problem := _refuses_choices(call)) is not None:
         return problem
     most, num_ranks = library("gpu").jax_ep_max_peers(), call.layout.num_ranks
     if num_ranks > most:
         return f"it has room for {most} ranks, and these are {num_ranks}"
     return gpu_peers_problem()
+
+
+def _refuses_gpus_of_processes(call: Call) -> str | None:
+    return _refuses_several_processes(call) or _refuses_gpus(call)
+
+
+def _refuses_gpus_of_one_process(call: Call) -> str | None:
+    return _refuses_one_process(call) or _refuses_gpus(call)
 
 
 def _refuses_several_processes(call: Call) -> str | None:
@@ -221,7 +229,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="cpu",
         serves="ranks on the CPU devices of several processes of one host",
         refuses=_refuses_one_process,
-        join=lambda call: _processes.join(call.processes),
+        join=lambda call: _processes.join(call.processes, "cpu"),
         adds=_add_agreement,
         operands=lambda _: ("numbers",),
         attributes=("members", "kind"),
@@ -238,7 +246,18 @@ FABRICS: tuple[Fabric, ...] = (
         name="devices",
         platform="gpu",
         serves="ranks on GPUs of one process that can read each other's memory",
-        refuses=_refuses_gpus,
+        refuses=_refuses_gpus_of_processes,
+        adds=_add_choices_of_all,
+        operands=lambda op: ("gathered",) if op is PLAN else (),
+        results=lambda op: ("workspace",) if op is PLAN else (),
+        attributes=("members",),
+    ),
+    Fabric(
+        name="processes",
+        platform="gpu",
+        serves="ranks on GPUs of several processes of one host that can read each other's memory",
+        refuses=_refuses_gpus_of_one_process,
+        join=lambda call: _processes.join(call.processes, "gpu"),
         adds=_add_choices_of_all,
         operands=lambda op: ("gathered",) if op is PLAN else (),
         results=lambda op: ("workspace",) if op is PLAN else (),

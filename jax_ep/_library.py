@@ -83,16 +83,16 @@ def library_problem(platform: Platform) -> str | None:
     return None
 
 
-def usable_libraries() -> list[ctypes.CDLL]:
-    """Returns the libraries of this process's platforms that can be loaded."""
-    return [library(platform) for platform in get_args(Platform) if not library_problem(platform)]
+def usable_platforms() -> list[Platform]:
+    """Returns the platforms whose libraries can be loaded."""
+    return [platform for platform in get_args(Platform) if library_problem(platform) is None]
 
 
 @functools.cache
 def gpu_peers_problem() -> str | None:
     """Returns which of this process's GPUs cannot read each other's memory, or None."""
     try:
-        devices = jax.local_devices(backend=_jax_platform("gpu"))
+        devices = local_devices("gpu")
     except RuntimeError:
         return None  # What is lowered here is to run elsewhere.
     ordinals = (ctypes.c_int32 * len(devices))(*map(ordinal, devices))
@@ -100,6 +100,15 @@ def gpu_peers_problem() -> str | None:
     if not library("gpu").jax_ep_strangers(ordinals, len(devices), strangers):
         return None
     return "GPU {} cannot read the memory of GPU {} of this process".format(*strangers)
+
+
+def local_devices(platform: Platform) -> list[Any]:
+    """Returns this process's devices that run a platform's native code.
+
+    Raises:
+      RuntimeError: there are none.
+    """
+    return jax.local_devices(backend=_jax_platform(platform))
 
 
 def ordinal(device: Any) -> int:
@@ -142,8 +151,7 @@ def register() -> None:
       >>> import jax_ep
       >>> jax_ep.register()
     """
-    usable: list[Platform] = [p for p in get_args(Platform) if library_problem(p) is None]
-    if not usable:
+    if not (usable := usable_platforms()):
         raise NotImplementedError(library_problem("cpu"))
     for platform in usable:
         register_handlers(platform)

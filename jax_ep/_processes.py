@@ -16,11 +16,13 @@ import numpy as np
 
 from jax_ep._call import Call, Operands
 from jax_ep._compat import distributed_client, result_type, vary_over, varying_axes
-from jax_ep._library import library, ordinal, register_handlers
+from jax_ep._library import library, local_devices, ordinal, register_handlers
+from jax_ep._types import Platform
 
 _PROBLEM_BYTES = 512
+_HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
 _join_lock = threading.Lock()
-_joined: dict[tuple[int, ...], "Refusal | None"] = {}
+_joined: dict[tuple[Platform, tuple[int, ...]], "Refusal | None"] = {}
 
 
 class Refusal(NamedTuple):
@@ -29,6 +31,13 @@ class Refusal(NamedTuple):
     reason: str
     # Whether that is how things are, and not how something went wrong.
     is_expected: bool = True
+
+
+class Deadline(NamedTuple):
+    """Until when to wait for other processes, and how long that is."""
+
+    time: float
+    seconds: float
 
 
 def members(devices: np.ndarray | None) -> np.ndarray:
@@ -76,14 +85,15 @@ def agree(call: Call, operands: Operands, members: np.ndarray, kind: np.int64) -
     )
 
 
-def join(processes: tuple[int, ...]) -> Refusal | None:
-    """Lets the native code of these processes reach each other, this one among them.
+def join(processes: tuple[int, ...], platform: Platform) -> Refusal | None:
+    """Lets a platform's native code in these processes reach each other, this one among them.
 
     Each of them must call it for the same processes, and waits until all have; from then on it
     returns at once. If some did not come in time, it may be called again.
 
     Args:
       processes: their indices in the job, ascending.
+      platform: that of their devices.
 
     Returns:
       Why they cannot exchange natively, the same for all of them, or None.
@@ -91,19 +101,21 @@ def join(processes: tuple[int, ...]) -> Refusal | None:
     Raises:
       TimeoutError: one of them did not call it in time.
     """
+    key = (platform, processes)
     with _join_lock:
-        if processes not in _joined:
-            _joined[processes] = _join(processes)
-        return _joined[processes]
+        if key not in _joined:
+            _joined[key] = _join(processes, platform)
+        return _joined[key]
 
 
-def _join(processes: tuple[int, ...]) -> Refusal | None:
+def _join(processes: tuple[int, ...], platform: Platform) -> Refusal | None:
     if distributed_client() is None:
         return _failed("this job has several processes without jax.distributed")
-    register_handlers("cpu")
-    job = "-".join(map(str, processes))
-    deadline = time.monotonic() + library("cpu").jax_ep_wait_timeout()
-    told = _tell_all(f"{job}/place", json.dumps(_place()), processes, deadline)
+    register_handlers(platform)
+    job = f"{platform}/{'-'.join(map(str, processes))}"
+    seconds = library(platform).jax_ep_wait_timeout()
+    until = Deadline(time.monotonic() + seconds, seconds)
+    told = _tell_all(f"{job}/place", json.dumps(_place(platform)), processes, until)
     places = [json.loads(text) for text in told]
     # All decide by the same facts; what only one of them can know it tells the others.
     for process, place in zip(processes, places, strict=True):
@@ -112,7 +124,8 @@ def _join(processes: tuple[int, ...]) -> Refusal | None:
     hosts = {tuple(place["host"]) for place in places}
     if len(hosts) > 1:
         return Refusal(f"it serves processes of one host, and these are on {len(hosts)}")
-    problems = _tell_all(f"{job}/problem", _open_all(processes, places), processes, deadline)
+    reached = _reach_all(processes, places, platform)
+    problems = _tell_all(f"{job}/problem", reached, processes, until)
     return next((_failed(problem) for problem in problems if problem), None)
 
 
@@ -120,17 +133,29 @@ def _failed(problem: str) -> Refusal:
     return Refusal(problem, is_expected=False)
 
 
-def _place() -> dict:
-    """Says where this process is and where others find its board, or why there is none."""
+def _place(platform: Platform) -> dict:
+    """Says where this process is and where others find what it shows, or why it shows nothing."""
     address = (ctypes.c_int32 * 2)()
     problem = ctypes.create_string_buffer(_PROBLEM_BYTES)
-    library("cpu").jax_ep_board(address, problem, _PROBLEM_BYTES)
+    library(platform).jax_ep_board(address, problem, _PROBLEM_BYTES)
+    offered = _offer_memory(problem) if platform == "gpu" and not problem.value else {}
     why = problem.value.decode()
     try:
         host = _host()
     except OSError as error:
         host, why = [], why or str(error)
-    return {"host": host, "address": list(address), "problem": why}
+    return {"host": host, "address": list(address), "gpus": offered, "problem": why}
+
+
+def _offer_memory(problem: ctypes.Array) -> dict[int, str]:
+    """Returns where other processes find some memory of each of this one's GPUs."""
+    offered = {}
+    for device in map(ordinal, local_devices("gpu")):
+        handle = ctypes.create_string_buffer(_HANDLE_BYTES)
+        if not library("gpu").jax_ep_offer_memory(device, handle, problem, _PROBLEM_BYTES):
+            break
+        offered[device] = handle.raw.hex()
+    return offered
 
 
 def _host() -> list[str]:
@@ -141,32 +166,42 @@ def _host() -> list[str]:
     return [boot, os.readlink("/proc/self/ns/pid"), str(os.getuid())]
 
 
-def _open_all(processes: tuple[int, ...], places: list[dict]) -> str:
+def _reach_all(processes: tuple[int, ...], places: list[dict], platform: Platform) -> str:
+    """Reaches for what the others show; returns what cannot be reached, or nothing."""
+    here = jax.process_index()
     problem = ctypes.create_string_buffer(_PROBLEM_BYTES)
     for process, place in zip(processes, places, strict=True):
         address = (ctypes.c_int32 * 2)(*place["address"])
-        if not library("cpu").jax_ep_open_board(process, address, problem, _PROBLEM_BYTES):
-            here = jax.process_index()
+        if not library(platform).jax_ep_open_board(process, address, problem, _PROBLEM_BYTES):
             return f"process {here} cannot reach process {process}: {problem.value.decode()}"
+        if process == here or platform == "cpu":
+            continue
+        for theirs, handle in place["gpus"].items():
+            for own in map(ordinal, local_devices("gpu")):
+                memory = bytes.fromhex(handle)
+                if not library("gpu").jax_ep_try_memory(own, memory, problem, _PROBLEM_BYTES):
+                    return (
+                        f"GPU {own} of process {here} cannot read the memory of GPU {theirs} of "
+                        f"process {process}: {problem.value.decode()}"
+                    )
     return ""
 
 
-def _tell_all(what: str, text: str, processes: tuple[int, ...], deadline: float) -> list[str]:
+def _tell_all(what: str, text: str, processes: tuple[int, ...], until: Deadline) -> list[str]:
     """Tells these processes ``text``, and returns what each of them told, in their order."""
     client = distributed_client()
     key = "jax_ep/{}/{}".format
     # Whoever was told in vain that this process did not come in time asks again.
     client.key_value_set(key(what, jax.process_index()), text, allow_overwrite=True)
-    return [_ask(client, key(what, process), process, deadline) for process in processes]
+    return [_ask(client, key(what, process), process, until) for process in processes]
 
 
-def _ask(client, key: str, process: int, deadline: float) -> str:
-    left = min(max(deadline - time.monotonic(), 0.001), 3e6)
+def _ask(client, key: str, process: int, until: Deadline) -> str:
+    left = min(max(until.time - time.monotonic(), 0.001), 3e6)
     try:
         return client.blocking_key_value_get(key, max(1, int(1000 * left)))
     except jax.errors.JaxRuntimeError as error:
-        seconds = library("cpu").jax_ep_wait_timeout()
         raise TimeoutError(
             f"process {process} must compile the same program as the others: process "
-            f"{jax.process_index()} waited {seconds:g} s for it to say where it runs."
+            f"{jax.process_index()} waited {until.seconds:g} s for it to say where it runs."
         ) from error

@@ -3,7 +3,7 @@
 import ctypes
 
 from jax_ep._checks import check_seconds
-from jax_ep._library import library, library_problem, register_handlers, usable_libraries
+from jax_ep._library import library, library_problem, register_handlers, usable_platforms
 
 
 def set_wait_timeout(seconds: float) -> float:
@@ -62,9 +62,9 @@ def log_calls(enabled: bool) -> bool:
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    if not (usable := usable_libraries()):
+    if not (usable := usable_platforms()):
         raise NotImplementedError(library_problem("cpu"))
-    return usable
+    return [library(platform) for platform in usable]
 
 
 def end_at(phase: int, exchanges: int, signal: int) -> None:
@@ -75,5 +75,6 @@ def end_at(phase: int, exchanges: int, signal: int) -> None:
       exchanges: how many exchanges with other processes come before.
       signal: what the process sends itself.
     """
-    register_handlers("cpu")  # Which says what process this is.
-    library("cpu").jax_ep_end_at(phase, ctypes.c_int64(exchanges), signal)
+    for platform in usable_platforms():
+        register_handlers(platform)  # Which says what process this is.
+        library(platform).jax_ep_end_at(phase, ctypes.c_int64(exchanges), signal)

@@ -14,6 +14,8 @@ list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 
 # What brings ranks on several GPUs together, as C++.
 set(cuda_fabrics
+  device_window.cc
+  shared_memory.cc
   signal.cc
   stream_exchange.cc
   stream_points.cc)

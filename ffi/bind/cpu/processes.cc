@@ -3,9 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
+#include <optional>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "bind/cpu/first_run.h"
@@ -40,18 +39,33 @@ void Ask(CallReader& reader) {
   ReadCall<Op>(reader);
 }
 
+// The call that the ranks have agreed on, as the roll call has told.
+std::optional<AgreedCall> AgreedOn(const FirstRun& run, std::int32_t told) {
+  if (told < 0) return ProcessFirstRuns().Find(run.group, -2 - told);
+  const AgreedCall agreed = {.number = told, .first_run = run.run_id};
+  ProcessFirstRuns().Remember(run, agreed);
+  return agreed;
+}
+
 // Finds out where a call's rank exchanges with ranks of other processes.
 std::shared_ptr<const Span> FindSpan(const Arrival& arrival, CallReader& reader,
                                      std::int32_t told) {
-  auto span = arrival.site->SpanOf(arrival.device);
-  if (span != nullptr) return span;
-  const FirstRun run = DescribeRun(reader, arrival.group, arrival.run.run_id);
-  auto made = arrival.site->NewSpan(arrival.device, run, told);
-  if (const auto* problem = std::get_if<std::string>(&made)) {
-    reader.Fail(*problem);
-    return nullptr;
-  }
-  return std::move(std::get<std::shared_ptr<const Span>>(made));
+  return arrival.site->SpanOf(arrival.device, [&]() -> std::shared_ptr<const Span> {
+    const FirstRun run = DescribeRun(reader, arrival.group, arrival.run.run_id);
+    const std::optional<AgreedCall> agreed = AgreedOn(run, told);
+    if (!agreed) {
+      reader.Fail(
+          "the program's first run failed before its ranks had agreed on this call: "
+          "compile it anew");
+      return nullptr;
+    }
+    return std::make_shared<const Span>(
+        Span{.process_of = run.process_of,
+             .here = ProcessIndex(),
+             .site = agreed->number,
+             .first_run = agreed->first_run,
+             .relay = ProcessHost()->ChannelOf(run.process_of, run.group)});
+  });
 }
 
 std::vector<bool> Elsewhere(const Span& span) {

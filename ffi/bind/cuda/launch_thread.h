@@ -9,6 +9,8 @@
 
 namespace jax_ep {
 
+inline constexpr bool kLaunchesInOrder = true;
+
 // What a handler returns whose exchange waits.
 using Launched = xla::ffi::Error;
 

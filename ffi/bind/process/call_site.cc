@@ -82,32 +82,17 @@ std::optional<Role> CallSite::RoleOf(std::int32_t device,
   return roles_.emplace(device, *found).first->second;
 }
 
-std::shared_ptr<const Span> CallSite::SpanOf(std::int32_t device) {
-  const std::scoped_lock lock(mutex_);
-  const auto known = spans_.find(device);
-  return known == spans_.end() ? nullptr : known->second;
-}
-
-std::variant<std::shared_ptr<const Span>, std::string> CallSite::NewSpan(
-    std::int32_t device, const FirstRun& run, std::int32_t told) {
-  AgreedCall agreed = {.number = told, .first_run = run.run_id};
-  if (told >= 0) {
-    ProcessFirstRuns().Remember(run, agreed);
-  } else if (const auto found = ProcessFirstRuns().Find(run.group, -2 - told)) {
-    agreed = *found;
-  } else {
-    return "the program's first run failed before its ranks had agreed on this call: "
-           "compile it anew";
+std::shared_ptr<const Span> CallSite::SpanOf(
+    std::int32_t device, const std::function<std::shared_ptr<const Span>()>& make) {
+  {
+    const std::scoped_lock lock(mutex_);
+    const auto known = spans_.find(device);
+    if (known != spans_.end()) return known->second;
   }
-  auto span = std::make_shared<const Span>(
-      Span{.process_of = run.process_of,
-           .here = ProcessIndex(),
-           .site = agreed.number,
-           .first_run = agreed.first_run,
-           .relay = ProcessHost()->ChannelOf(run.process_of, run.group)});
+  std::shared_ptr<const Span> made = make();
+  if (made == nullptr) return nullptr;
   const std::scoped_lock lock(mutex_);
-  spans_[device] = span;
-  return span;
+  return spans_.emplace(device, std::move(made)).first->second;
 }
 
 namespace {

@@ -11,12 +11,8 @@
 #include <optional>
 #include <set>
 #include <span>
-#include <string>
-#include <variant>
 
 #include "bind/call_reader.h"
-#include "fabric/processes/first_runs.h"
-#include "fabric/processes/host.h"
 #include "fabric/threads/meeting.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -63,11 +59,9 @@ struct CallSite {
                              const std::function<std::optional<Role>()>& find);
 
   // Where a device's rank meets its peers at this call, of which some are in other
-  // processes; null on its first run. Then the roll call has told the call's number.
-  std::shared_ptr<const Span> SpanOf(std::int32_t device);
-  std::variant<std::shared_ptr<const Span>, std::string> NewSpan(std::int32_t device,
-                                                                 const FirstRun& run,
-                                                                 std::int32_t told);
+  // processes, once `make` has found it; null if it could not.
+  std::shared_ptr<const Span> SpanOf(
+      std::int32_t device, const std::function<std::shared_ptr<const Span>()>& make);
 
   std::int64_t number;
 

@@ -39,8 +39,9 @@ std::atomic<std::int32_t> process_index{0};
 
 // Never destroyed either, nor moved: others read what is on its board.
 std::variant<std::unique_ptr<Host>, std::string>& TheHost() {
-  static auto* host = new std::variant<std::unique_ptr<Host>, std::string>(
-      Host::Create(ProcessIndex(), [] { return ProcessMeetingPoint().timeout(); }));
+  static auto* host = new std::variant<std::unique_ptr<Host>, std::string>(Host::Create(
+      ProcessIndex(), [] { return ProcessMeetingPoint().timeout(); },
+      LaunchesInOrder()));
   return *host;
 }
 

@@ -19,6 +19,10 @@ MeetingPoint& ProcessMeetingPoint();
 // This process among the others of its job.
 std::int32_t ProcessIndex();
 
+// Whether XLA launches what a device does in one order, the same in all processes that
+// run the same programs: as the library's platform has it.
+bool LaunchesInOrder();
+
 // What it shows to them; it comes to be when they first need it. Null if it cannot.
 Host* ProcessHost();
 

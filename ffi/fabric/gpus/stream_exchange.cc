@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,8 +14,10 @@
 #include <vector>
 
 #include "common/work.h"
+#include "fabric/gpus/device_window.h"
 #include "fabric/gpus/signal.h"
 #include "fabric/gpus/stream_points.h"
+#include "fabric/processes/window.h"
 #include "fabric/threads/describe.h"
 
 namespace jax_ep {
@@ -23,11 +26,16 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Failure = std::optional<StreamFailure>;
 
-// What the meeting tells a rank. It lives until the meeting has no more use for it.
+// What a rank tells the meeting and is told by it. It lives until the meeting has no
+// more use for it.
 struct Outcome {
+  StreamPoints* points = nullptr;  // for ranks of this process
+  WindowNote note = {};            // for those of others
+
+  std::size_t num_ranks = 0;
   PeerTables lent_by_all;                        // where the meeting keeps them
   std::vector<std::vector<const void*>> tables;  // copies, once all have come
-  std::size_t num_ranks;
+  std::vector<WindowNote> notes;                 // by rank, if there are windows
   std::optional<std::string> failure;
   Signal told;
 };
@@ -39,16 +47,52 @@ void CopyTables(const void* opaque, std::int64_t) {
   }
 }
 
-// Meets the peers, once what the rank lends, and its points last of it, are on their
-// way.
-std::shared_ptr<Outcome> MeetPeers(MeetingPoint& point, Attendance attendance,
-                                   StreamPoints* points) {
-  const auto outcome = std::make_shared<Outcome>();
+// Others write their notes anew two exchanges later.
+void CopyTablesAndNotes(const void* opaque, std::int64_t) {
+  CopyTables(opaque, 0);
+  auto& outcome = *static_cast<Outcome*>(const_cast<void*>(opaque));
+  for (const void* note : outcome.tables.back()) {
+    outcome.notes.push_back(*static_cast<const WindowNote*>(note));
+  }
+  outcome.tables.pop_back();
+}
+
+struct NoteCopy {
+  const WindowNote* from;
+  void* to;
+};
+
+// Has the note copied to where other processes read it; it is the last that is lent.
+MakePublication PublicationOf(std::shared_ptr<Outcome> outcome) {
+  const auto copy = std::make_shared<NoteCopy>();
+  return [outcome = std::move(outcome), copy](const std::vector<void*>& places) {
+    *copy = {.from = &outcome->note, .to = places.back()};
+    const auto run = [](const void* opaque, std::int64_t) {
+      const auto& note = *static_cast<const NoteCopy*>(opaque);
+      std::memcpy(note.to, note.from, sizeof(WindowNote));
+    };
+    return std::vector<Work>{{.args = copy.get(), .run = run, .num_chunks = 1}};
+  };
+}
+
+// Meets the peers, once what the rank lends is on its way: behind the kernels' buffers
+// come its points and, where ranks are in other processes, its note.
+void MeetPeers(MeetingPoint& point, Attendance attendance,
+               const std::shared_ptr<Outcome>& outcome) {
+  for (Lent& lent : attendance.lent) lent.shared_bytes = 0;
+  attendance.lent.push_back({.data = outcome->points, .shared_bytes = 0});
+  const bool spans = attendance.span != nullptr;
+  if (spans) {
+    attendance.lent.push_back(
+        {.data = &outcome->note, .shared_bytes = sizeof(WindowNote)});
+    attendance.make_publication = PublicationOf(outcome);
+  }
   outcome->num_ranks = static_cast<std::size_t>(attendance.num_ranks);
-  attendance.lent.push_back({.data = points, .shared_bytes = 0});
-  attendance.make_work = [outcome](const PeerTables& tables) -> std::vector<Work> {
+  attendance.make_work = [outcome, spans](const PeerTables& tables) {
     outcome->lent_by_all = tables;
-    return {{.args = outcome.get(), .run = CopyTables, .num_chunks = 1}};
+    return std::vector<Work>{{.args = outcome.get(),
+                              .run = spans ? CopyTablesAndNotes : CopyTables,
+                              .num_chunks = 1}};
   };
   attendance.done = [outcome](const std::optional<std::string>& failure) {
     outcome->failure = failure;
@@ -56,10 +100,14 @@ std::shared_ptr<Outcome> MeetPeers(MeetingPoint& point, Attendance attendance,
   };
   attendance.schedule = nullptr;  // each rank goes on by itself, and takes little time
   point.Attend(attendance);
-  // The meeting point tells everybody in time.
+  // Whoever carries the exchange tells everybody in time.
   while (outcome->told.Await(Clock::now() + std::chrono::hours(1)) == 0) {
   }
-  return outcome;
+}
+
+bool IsOfThisProcess(const StreamCall& call, std::size_t rank) {
+  const auto& span = call.attendance.span;
+  return span == nullptr || span->IsHere(static_cast<std::int64_t>(rank));
 }
 
 Failure CudaFailure(cudaError_t error) {
@@ -71,13 +119,12 @@ Failure CudaFailure(cudaError_t error) {
 // The rank among its peers, who have all come.
 class Streams {
  public:
-  Streams(const StreamCall& call, const Outcome& outcome) : call_(call) {
-    tables_.reserve(outcome.tables.size() - 1);
-    for (const auto& table : outcome.tables) tables_.push_back(table.data());
-    tables_.pop_back();
-    for (const void* points : outcome.tables.back()) {
+  Streams(const StreamCall& call, Outcome& outcome)
+      : call_(call), notes_(outcome.notes), tables_(std::move(outcome.tables)) {
+    for (const void* points : tables_.back()) {
       points_.push_back(static_cast<StreamPoints*>(const_cast<void*>(points)));
     }
+    tables_.pop_back();
   }
 
   // Reads what peers lend once it is ready, and tells them when it has been read.
@@ -88,12 +135,13 @@ class Streams {
     return CudaFailure(error);
   }
 
-  // Has the stream wait until all have read what this rank lends.
+  // Has the stream wait until all of this process have read what this rank lends. Those
+  // of others read the window.
   Failure AwaitReaders(std::chrono::duration<double> timeout) {
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                              std::min(timeout, kLongestWait));
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
-      if (IsOwn(peer)) continue;
+      if (IsOwn(peer) || !IsHere(peer)) continue;
       const std::uint32_t recorded = points_[peer]->recorded.Await(deadline);
       if (recorded != StreamPoints::kYes) return Unread(peer, recorded, timeout);
       const cudaError_t error =
@@ -101,7 +149,9 @@ class Streams {
       if (error != cudaSuccess) return CudaFailure(error);
     }
     // If it failed, other ranks may still look at them.
-    for (StreamPoints* points : points_) ReleaseStreamPoints(points);
+    for (std::size_t peer = 0; peer < points_.size(); ++peer) {
+      if (IsHere(peer)) ReleaseStreamPoints(points_[peer]);
+    }
     return std::nullopt;
   }
 
@@ -110,12 +160,31 @@ class Streams {
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
       if (IsOwn(peer)) continue;
       const cudaError_t error =
-          cudaStreamWaitEvent(call_.stream, points_[peer]->ready, 0);
+          IsHere(peer) ? cudaStreamWaitEvent(call_.stream, points_[peer]->ready, 0)
+                       : AwaitWindow(peer);
       if (error != cudaSuccess) return error;
     }
-    const cudaError_t error = call_.launch(tables_);
+    PeerTables tables;
+    for (const auto& table : tables_) tables.push_back(table.data());
+    cudaError_t error = call_.launch(tables);
+    if (error == cudaSuccess) error = cudaEventRecord(Own().done, call_.stream);
+    if (error == cudaSuccess && call_.window != nullptr) {
+      error = call_.window->MarkDone(call_.stream);
+    }
+    return error;
+  }
+
+  // Finds what a rank of another process lends in its window.
+  cudaError_t AwaitWindow(std::size_t peer) {
+    const char* half = nullptr;
+    const cudaError_t error = call_.window->AwaitReady(
+        static_cast<std::int32_t>(peer), notes_[peer], call_.stream, half);
     if (error != cudaSuccess) return error;
-    return cudaEventRecord(Own().done, call_.stream);
+    const HalfLayout layout = DeviceWindow::LayoutOf(call_.attendance.lent);
+    for (std::size_t lent = 0; lent < tables_.size(); ++lent) {
+      tables_[lent][peer] = layout.Place(half, 0, lent);
+    }
+    return cudaSuccess;
   }
 
   Failure Unread(std::size_t peer, std::uint32_t recorded,
@@ -134,27 +203,43 @@ class Streams {
   bool IsOwn(std::size_t rank) const {
     return static_cast<std::int32_t>(rank) == call_.attendance.rank;
   }
+  bool IsHere(std::size_t rank) const { return IsOfThisProcess(call_, rank); }
   StreamPoints& Own() {
     return *points_[static_cast<std::size_t>(call_.attendance.rank)];
   }
 
   const StreamCall& call_;
-  PeerTables tables_;
-  std::vector<StreamPoints*> points_;  // by rank
+  const std::vector<WindowNote>& notes_;
+  std::vector<std::vector<const void*>> tables_;  // [lent buffers][ranks]
+  std::vector<StreamPoints*> points_;             // by rank; null elsewhere
 };
+
+// Puts on the stream that what the rank lends is ready, and where others find it.
+cudaError_t Lend(const StreamCall& call, Outcome& outcome) {
+  std::int32_t num_here = 0;
+  for (std::int32_t rank = 0; rank < call.attendance.num_ranks; ++rank) {
+    if (IsOfThisProcess(call, static_cast<std::size_t>(rank))) ++num_here;
+  }
+  cudaError_t error = cudaSuccess;
+  outcome.points = TakeStreamPoints(num_here, error);
+  if (error == cudaSuccess) error = cudaEventRecord(outcome.points->ready, call.stream);
+  if (error == cudaSuccess && call.window != nullptr) {
+    error = call.window->Publish(call.attendance.lent, call.stream, outcome.note);
+  }
+  return error;
+}
 
 }  // namespace
 
 std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point,
                                                const StreamCall& call) {
-  cudaError_t error = cudaSuccess;
-  StreamPoints* own = TakeStreamPoints(call.attendance.num_ranks, error);
-  if (own != nullptr) error = cudaEventRecord(own->ready, call.stream);
-  if (error != cudaSuccess) return CudaFailure(error);
-  const std::shared_ptr<Outcome> outcome = MeetPeers(point, call.attendance, own);
+  const auto outcome = std::make_shared<Outcome>();
+  if (Failure failure = CudaFailure(Lend(call, *outcome))) return failure;
+  MeetPeers(point, call.attendance, outcome);
   if (outcome->failure) {
-    own->num_users.store(1, std::memory_order_relaxed);  // nobody looked at them
-    ReleaseStreamPoints(own);
+    // Nobody has looked at them.
+    outcome->points->num_users.store(1, std::memory_order_relaxed);
+    ReleaseStreamPoints(outcome->points);
     return StreamFailure{.what = *outcome->failure, .is_of_cuda = false};
   }
   Streams streams(call, *outcome);

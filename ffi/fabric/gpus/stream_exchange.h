@@ -1,5 +1,5 @@
-// An exchange among GPUs of one process: their threads meet on the host, and events
-// order what they put on their streams. Used by ffi/bind/cuda.
+// An exchange among GPUs of one process or of several on a host: their threads meet on
+// the host, and events order what they put on their streams. Used by ffi/bind/cuda.
 
 #ifndef JAX_EP_FFI_FABRIC_GPUS_STREAM_EXCHANGE_H_
 #define JAX_EP_FFI_FABRIC_GPUS_STREAM_EXCHANGE_H_
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "fabric/gpus/device_window.h"
 #include "fabric/threads/attendance.h"
 #include "fabric/threads/meeting.h"
 
@@ -25,6 +26,10 @@ struct StreamCall {
   // Puts the rank's kernels on the stream, given a table of all ranks' buffers for each
   // that is lent.
   std::function<cudaError_t(const PeerTables&)> launch;
+  // Where ranks of other processes find what it lends; null if there are none. Then the
+  // attendance has a span, whose relay carries out exchanges in the order in which the
+  // ranks come to them.
+  DeviceWindow* window = nullptr;
 };
 
 // What went wrong in an exchange.

@@ -124,9 +124,19 @@ std::shared_ptr<Meeting> Channel::NextMeeting(Failure& failure) {
                                  std::min(timeout_, kLongestWait));
   if (!is_connected_) failure = ConnectToOthers();
   if (failure) return nullptr;
+  if (options_.is_ordered) return TakeFirst(failure);
   failure = NameExchange(name);
   if (failure) return nullptr;
   return FindMeeting(name, failure);
+}
+
+std::shared_ptr<Meeting> Channel::TakeFirst(Failure& failure) {
+  const std::scoped_lock lock(mutex_);
+  failure = failure_;
+  if (failure) return nullptr;
+  std::shared_ptr<Meeting> meeting = std::move(waiting_.front());
+  waiting_.pop_front();
+  return meeting;
 }
 
 // Names the exchange that its own ranks have come to, if it leads; otherwise waits for

@@ -31,7 +31,8 @@ namespace jax_ep {
 // channel copies what they lend into the process's window, waits for the others'
 // windows, and runs the ranks' work, which reads them. All processes carry out the same
 // exchanges in the same order: that in which they come together in the process of rank
-// 0, which leads. Once an exchange has failed all later ones do, at once.
+// 0, which leads, unless it is the same in all of them by itself. Once an exchange has
+// failed all later ones do, at once.
 class Channel : public Relay {
  public:
   struct Options {
@@ -40,6 +41,10 @@ class Channel : public Relay {
     Schedule schedule;  // for helpers and for those who are told
     std::function<std::chrono::duration<double>()> timeout;
     std::int64_t max_threads;  // that work for this process at once
+    // Whether ranks come to the same exchanges in the same order in all processes, as
+    // they do where XLA launches what they do in one order. Then nobody has to lead,
+    // and an exchange needs no name.
+    bool is_ordered = false;
     // Told of every phase as it begins; for tests.
     std::function<void(Phase, Epoch)> on_phase = nullptr;
   };
@@ -61,6 +66,7 @@ class Channel : public Relay {
   Failure ConnectToOthers();
   Failure WhatStopsIt();
   std::shared_ptr<Meeting> NextMeeting(Failure& failure);
+  std::shared_ptr<Meeting> TakeFirst(Failure& failure);
   Failure NameExchange(ExchangeName& name);
   std::shared_ptr<Meeting> FindMeeting(const ExchangeName& name, Failure& failure);
   Failure Exchange(Meeting& meeting);

@@ -36,7 +36,8 @@ std::uint64_t Hash(const std::vector<std::int32_t>& process_of, std::int64_t gro
 }  // namespace
 
 std::variant<std::unique_ptr<Host>, std::string> Host::Create(std::int32_t here,
-                                                              Timeout timeout) {
+                                                              Timeout timeout,
+                                                              bool is_ordered) {
   auto created = SharedFile::Create();
   if (auto* problem = std::get_if<std::string>(&created)) return *problem;
   auto file = std::move(std::get<std::unique_ptr<SharedFile>>(created));
@@ -44,16 +45,17 @@ std::variant<std::unique_ptr<Host>, std::string> Host::Create(std::int32_t here,
   auto* board = static_cast<Board*>(file->Map(sizeof(Board), problem));
   if (board == nullptr) return "a board of shared memory cannot be mapped: " + problem;
   return std::unique_ptr<Host>(
-      new Host(here, std::move(file), board, std::move(timeout)));
+      new Host(here, std::move(file), board, std::move(timeout), is_ordered));
 }
 
 // A new file is all zeros, and so is a board without channels.
 Host::Host(std::int32_t here, std::unique_ptr<SharedFile> file, Board* board,
-           Timeout timeout)
+           Timeout timeout, bool is_ordered)
     : file_(std::move(file)),
       board_(board),
       timeout_(std::move(timeout)),
-      here_(here) {}
+      here_(here),
+      is_ordered_(is_ordered) {}
 
 Host::~Host() = default;
 
@@ -126,6 +128,7 @@ std::shared_ptr<Relay> Host::ChannelOf(const std::vector<std::int32_t>& process_
             .schedule = [this](auto task) { crew_.Schedule(std::move(task)); },
             .timeout = timeout_,
             .max_threads = std::max<std::int64_t>(share, 1),
+            .is_ordered = is_ordered_,
             .on_phase = [this](Phase phase, Epoch epoch) { OnPhase(phase, epoch); },
         });
   }

@@ -33,9 +33,10 @@ class Host {
  public:
   using Timeout = std::function<std::chrono::duration<double>()>;
 
-  // Makes this process's board. It is number `here` of the job.
-  static std::variant<std::unique_ptr<Host>, std::string> Create(std::int32_t here,
-                                                                 Timeout timeout);
+  // Makes this process's board. It is number `here` of the job. Its channels take
+  // exchanges in the order in which ranks come to them, if this is the same everywhere.
+  static std::variant<std::unique_ptr<Host>, std::string> Create(
+      std::int32_t here, Timeout timeout, bool is_ordered = false);
 
   ~Host();
   Host(const Host&) = delete;
@@ -73,7 +74,7 @@ class Host {
   using ChannelKey = std::pair<std::vector<std::int32_t>, std::int64_t>;
 
   Host(std::int32_t here, std::unique_ptr<SharedFile> file, Board* board,
-       Timeout timeout);
+       Timeout timeout, bool is_ordered);
   const OtherProcess* Find(std::int32_t process);
   void OnPhase(Phase phase, Epoch epoch);
   std::variant<std::unique_ptr<Showcase>, std::string> Show(const ChannelKey& key);
@@ -83,6 +84,7 @@ class Host {
   Board* const board_;
   const Timeout timeout_;
   const std::int32_t here_;
+  const bool is_ordered_;
 
   std::mutex mutex_;                                              // guards all below
   std::map<std::int32_t, std::unique_ptr<OtherProcess>> others_;  // they stay for good

@@ -1,0 +1,88 @@
+// Memory of a GPU that the GPUs of other processes read, and the events by which their
+// streams know when. Used by exchanges that span processes of one host.
+
+#ifndef JAX_EP_FFI_FABRIC_GPUS_DEVICE_WINDOW_H_
+#define JAX_EP_FFI_FABRIC_GPUS_DEVICE_WINDOW_H_
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "fabric/processes/window.h"
+#include "fabric/threads/attendance.h"
+
+namespace jax_ep {
+
+// What a rank tells others of its window in one exchange, through memory of the host.
+struct WindowNote {
+  cudaIpcMemHandle_t memory;
+  cudaIpcEventHandle_t ready;   // recorded when the half is filled
+  cudaIpcEventHandle_t done;    // recorded when the rank has read the others' halves
+  std::uint64_t memory_number;  // of the half: grows when it gets other memory
+};
+
+// One rank's window in the exchanges of one channel, with two halves that take turns,
+// and what it has opened of the others'. Only the thread that launches what the rank's
+// GPU does may use it, with the GPU current.
+//
+// A half is filled again two exchanges later. By then all ranks have come to the one in
+// between, and so have put their reading of this half on their streams, and recorded
+// that it is done: the stream waits for that, and no thread for a stream.
+class DeviceWindow {
+ public:
+  DeviceWindow() = default;
+  DeviceWindow(const DeviceWindow&) = delete;
+  DeviceWindow& operator=(const DeviceWindow&) = delete;
+
+  // Where a half has what its one rank lends.
+  static HalfLayout LayoutOf(const std::vector<Lent>& lent);
+
+  // Puts copies of what is lent into the next half, and fills in the note for the
+  // others.
+  cudaError_t Publish(const std::vector<Lent>& lent, cudaStream_t stream,
+                      WindowNote& note);
+
+  // Has the stream wait until another rank has filled its half; returns where that is.
+  cudaError_t AwaitReady(std::int32_t rank, const WindowNote& note, cudaStream_t stream,
+                         const char*& half);
+
+  // Tells the others that what is on the stream has read their halves, whose AwaitReady
+  // came before.
+  cudaError_t MarkDone(cudaStream_t stream);
+
+ private:
+  struct Half {
+    void* memory = nullptr;
+    std::size_t bytes = 0;
+    std::uint64_t number = 0;  // of memories that it has had
+    cudaEvent_t ready = nullptr;
+    cudaEvent_t done = nullptr;
+    WindowNote note = {};
+    std::vector<cudaEvent_t> readers;  // others' `done`, of those that read it
+  };
+
+  // Another rank's half, as it was opened here.
+  struct Opened {
+    const void* memory = nullptr;
+    std::uint64_t number = 0;
+    cudaEvent_t ready = nullptr;
+    cudaEvent_t done = nullptr;
+  };
+
+  Half& Current() { return halves_[num_exchanges_ % halves_.size()]; }
+  static cudaError_t MakeEvents(Half& half);
+  static cudaError_t Reserve(Half& half, std::size_t bytes);
+  static cudaError_t Open(const WindowNote& note, Opened& opened);
+
+  std::uint64_t num_exchanges_ = 0;
+  std::array<Half, 2> halves_;
+  std::map<std::int32_t, std::array<Opened, 2>> opened_;  // by rank
+};
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_FABRIC_GPUS_DEVICE_WINDOW_H_
