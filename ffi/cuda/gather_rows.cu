@@ -70,15 +70,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t GatherRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                        cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
-  const auto launch = [&](auto kernel) {
-    return LaunchStacked(kernel, args, num_stacked, args.capacity, kWarps, kThreads,
-                         stream);
+  const auto launch = [&]<typename Unit>(Unit) {
+    return LaunchStacked<GatherRowsKernel<Unit>>(args, num_stacked, args.capacity,
+                                                 kWarps, kThreads, stream);
   };
   // XLA aligns its buffers, so that the rows decide which units they consist of.
-  if (AreAligned(16, args.row_bytes)) return launch(GatherRowsKernel<uint4>);
-  if (AreAligned(4, args.row_bytes)) return launch(GatherRowsKernel<std::uint32_t>);
-  if (AreAligned(2, args.row_bytes)) return launch(GatherRowsKernel<std::uint16_t>);
-  return launch(GatherRowsKernel<std::uint8_t>);
+  if (AreAligned(16, args.row_bytes)) return launch(uint4());
+  if (AreAligned(4, args.row_bytes)) return launch(std::uint32_t());
+  if (AreAligned(2, args.row_bytes)) return launch(std::uint16_t());
+  return launch(std::uint8_t());
 }
 
 }  // namespace jax_ep::cuda

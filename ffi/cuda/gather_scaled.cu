@@ -60,8 +60,8 @@ cudaError_t GatherScaled(const GatherRowsArgs& args, std::int64_t num_stacked,
                          cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
-    return LaunchStacked(GatherScaledKernel<decltype(e), count()>, args, num_stacked,
-                         args.capacity, kWarps, kThreads, stream);
+    return LaunchStacked<GatherScaledKernel<decltype(e), count()>>(
+        args, num_stacked, args.capacity, kWarps, kThreads, stream);
   });
 }
 

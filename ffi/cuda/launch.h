@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "cuda/peers.h"
@@ -18,6 +19,13 @@ namespace jax_ep::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr int kWarps = 8;  // of a block, unless a kernel says otherwise
 inline constexpr int kThreads = kWarps * kWarpSize;
+inline constexpr int kMaxThreads = 1024;  // of a block, on every GPU
+
+// The parameters of a kernel that has one.
+template <typename Params>
+Params ParamsOfKernel(void (*kernel)(Params));
+template <auto kKernel>
+using ParamsOf = decltype(ParamsOfKernel(kKernel));
 
 // Launches a kernel; returns what went wrong, which later launches do not hide.
 template <typename... Params, typename... Args>
@@ -31,35 +39,51 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 blocks, int threads,
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Launches a kernel whose blocks share the `items` of each stacked rank, at least
-// `per_block` at a time: as many blocks as the device runs at once, each of which works
-// until nothing is left, or fewer where there is less. Blocks of all ranks are
-// neighbours. They come to the same tokens at about the same time, so that what one
-// rank read is still in the cache for the others.
-template <typename ArgsWithPeers>
-cudaError_t LaunchStacked(void (*kernel)(ArgsWithPeers),
-                          const typename ArgsWithPeers::Args& args,
-                          std::int64_t num_stacked, std::int64_t items,
-                          std::int64_t per_block, int threads, cudaStream_t stream) {
-  if (num_stacked == 0) return cudaSuccess;
-  ArgsWithPeers first;
-  if (!first.Pack(args, args.num_ranks)) return cudaErrorInvalidValue;
+// Finds how many blocks of a kernel the current device runs at once. That does not
+// change: each device is asked once.
+template <auto kKernel>
+cudaError_t CountResidentBlocks(int threads, std::int64_t* blocks) {
+  constexpr int kDevices = 64;  // of those above nothing is kept
+  static std::atomic<std::int64_t> known[kDevices][kMaxThreads / kWarpSize];
   int device = 0;
-  int processors = 0;
-  int blocks_each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
+  std::atomic<std::int64_t>* kept =
+      device < kDevices ? &known[device][(threads - 1) / kWarpSize] : nullptr;
+  *blocks = kept != nullptr ? kept->load(std::memory_order_relaxed) : 0;
+  if (*blocks > 0) return cudaSuccess;
+  int processors = 0;
   error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, 0);
+  int each = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0);
+  if (error != cudaSuccess) return error;
+  *blocks = std::int64_t{processors} * each;
+  if (kept != nullptr) kept->store(*blocks, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+// Launches a kernel whose blocks share the `items` of each stacked rank, at least
+// `per_block` at a time: no more blocks than the device runs at once, each of which
+// works until nothing is left. One that had to wait for others to end would do its
+// whole share alone. Blocks of all ranks are neighbours. They come to the same tokens
+// at about the same time, so that what one rank read is still in the cache for the
+// others.
+template <auto kKernel, typename Args>
+cudaError_t LaunchStacked(const Args& args, std::int64_t num_stacked,
+                          std::int64_t items, std::int64_t per_block, int threads,
+                          cudaStream_t stream) {
+  if (num_stacked == 0) return cudaSuccess;
+  ParamsOf<kKernel> first;
+  if (!first.Pack(args, args.num_ranks)) return cudaErrorInvalidValue;
+  std::int64_t resident = 0;
+  const cudaError_t error = CountResidentBlocks<kKernel>(threads, &resident);
   if (error != cudaSuccess) return error;
   constexpr std::int64_t kMaxBlocks = 65535;  // in the grid's second dimension
   const std::int64_t wanted = (items + per_block - 1) / per_block;
-  const std::int64_t fill =
-      (std::int64_t{processors} * blocks_each + num_stacked - 1) / num_stacked;
+  const std::int64_t fill = std::max<std::int64_t>(resident / num_stacked, 1);
   const std::int64_t blocks = std::min({wanted, fill, kMaxBlocks});
-  return Launch(kernel,
+  return Launch(kKernel,
                 dim3(static_cast<unsigned>(num_stacked), static_cast<unsigned>(blocks)),
                 threads, stream, first);
 }

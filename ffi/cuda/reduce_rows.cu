@@ -126,8 +126,8 @@ cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
     const std::int64_t warps = (loads + kWarpSize - 1) / kWarpSize;
     const int threads =
         static_cast<int>(std::min<std::int64_t>(warps, kWarps)) * kWarpSize;
-    return LaunchStacked(ReduceRowsKernel<decltype(e), count()>, args, num_stacked,
-                         args.num_tokens, 1, threads, stream);
+    return LaunchStacked<ReduceRowsKernel<decltype(e), count()>>(
+        args, num_stacked, args.num_tokens, 1, threads, stream);
   });
 }
 

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t RowDots(const RowDotsArgs& args, std::int64_t num_stacked,
                     cudaStream_t stream) {
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto) {
-    return LaunchStacked(RowDotsKernel<decltype(e)>, args, num_stacked,
-                         args.num_tokens * args.num_topk, kWarps, kThreads, stream);
+    return LaunchStacked<RowDotsKernel<decltype(e)>>(
+        args, num_stacked, args.num_tokens * args.num_topk, kWarps, kThreads, stream);
   });
 }
 
