@@ -49,6 +49,7 @@ __device__ inline std::int64_t WarpScan(std::int64_t value) {
 __device__ inline std::int64_t WarpTotal(const std::int32_t* numbers,
                                          std::int64_t count) {
   std::int64_t sum = 0;
+#pragma unroll 4
   for (std::int64_t i = Lane(); i < count; i += kWarpSize) sum += numbers[i];
   return WarpSum(sum);
 }

@@ -5,7 +5,7 @@
 #include "cuda/device.h"
 #include "cuda/gather_rows.h"
 #include "cuda/peers.h"
-#include "cuda/received.h"
+#include "cuda/wanted_rows.h"
 
 namespace jax_ep::cuda {
 namespace {
@@ -16,51 +16,46 @@ using ArgsWithTokens = WithPeers<GatherRowsArgs, &GatherRowsArgs::x>;
 template <typename Unit>
 inline constexpr int kLoadsInFlight = sizeof(Unit) >= 4 ? 8 : 4;
 
-// Copies one token to the rows of entries [first, end) of the receive list, by one
-// warp. It is read once, however many rows want it.
+// Copies a piece of a token to all rows that want it, by one warp, which reads it once.
 template <typename Unit>
-__device__ void CopyToken(const GatherRowsArgs& args, std::int32_t token,
-                          std::int64_t first, std::int64_t end) {
-  const Source source = SourceOf(args, token);
-  const auto* from = reinterpret_cast<const Unit*>(
-      static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes);
-  const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
-  for (std::int64_t begin = Lane(); begin < units;
-       begin += kLoadsInFlight<Unit> * kWarpSize) {
-    Unit held[kLoadsInFlight<Unit>];
+__device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
+                          const Pieces& pieces) {
+  const int left = pieces.left();
+  const char* token =
+      static_cast<const char*>(args.x[wanted.rank]) + wanted.token * args.row_bytes;
+  const auto* from = reinterpret_cast<const Unit*>(token) + pieces.begin();
+  auto* rows = static_cast<Unit*>(args.rows) + pieces.begin();
+  Unit held[kLoadsInFlight<Unit>];
 #pragma unroll
-    for (int i = 0; i < kLoadsInFlight<Unit>; ++i) {
-      if (begin + i * kWarpSize < units)
-        held[i] = LoadPeer(from + begin + i * kWarpSize);
-    }
-    for (std::int64_t entry = first; entry < end; ++entry) {
-      const std::int32_t row = args.recv_row[entry];
-      if (!IsIndex(row, args.capacity)) continue;
+  for (int j = 0; j < kLoadsInFlight<Unit>; ++j) {
+    if (j * kWarpSize < left) held[j] = LoadPeer(from + j * kWarpSize);
+  }
+  for (int first = 0; first < wanted.count; first += kWarpSize) {
+    const std::int32_t own = RowOf(args, wanted, first + Lane());
+    for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
+      const std::int32_t row = __shfl_sync(kAllLanes, own, i);
+      if (row == kNoRow) continue;
       auto* to =
-          reinterpret_cast<Unit*>(static_cast<char*>(args.rows) + row * args.row_bytes);
+          reinterpret_cast<Unit*>(reinterpret_cast<char*>(rows) + row * args.row_bytes);
 #pragma unroll
-      for (int i = 0; i < kLoadsInFlight<Unit>; ++i) {
-        if (begin + i * kWarpSize < units) to[begin + i * kWarpSize] = held[i];
+      for (int j = 0; j < kLoadsInFlight<Unit>; ++j) {
+        if (j * kWarpSize < left) to[j * kWarpSize] = held[j];
       }
     }
   }
 }
 
-// A rank's warps share the receive list. Each takes entries that are the first of their
-// token, with those of the same token behind them.
+// A rank's warps share the receive list.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads, 1)
     GatherRowsKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
-  for (std::int64_t entry = WarpOfRank(); entry < received.entries;
-       entry += WarpsOfRank()) {
-    const std::int32_t token = args.TokenOf(entry);
-    if (token == kNoToken) continue;
-    if (entry > 0 && args.TokenOf(entry - 1) == token) continue;
-    std::int64_t end = entry + 1;
-    while (end < received.entries && args.TokenOf(end) == token) ++end;
-    CopyToken<Unit>(args, token, entry, end);
+  const int units = static_cast<int>(args.row_bytes) / static_cast<int>(sizeof(Unit));
+  for (Pieces pieces(units, kLoadsInFlight<Unit>); pieces.entry() < received.entries;
+       pieces.Next()) {
+    const WantedToken wanted = WantedBy(args, received, pieces.entry());
+    if (wanted.count > 0) CopyPiece<Unit>(args, wanted, pieces);
   }
   ZeroUnfilled<Unit>(args, received.rows);
 }
@@ -70,9 +65,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t GatherRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                        cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
+  if (args.row_bytes > kMaxRowBytes) return cudaErrorInvalidValue;
   const auto launch = [&]<typename Unit>(Unit) {
-    return LaunchStacked<GatherRowsKernel<Unit>>(args, num_stacked, args.capacity,
-                                                 kWarps, kThreads, stream);
+    const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
+    const std::int64_t pieces = args.capacity * PiecesOf(units, kLoadsInFlight<Unit>);
+    return LaunchStacked<GatherRowsKernel<Unit>>(args, num_stacked, pieces, kWarps,
+                                                 kThreads, stream);
   };
   // XLA aligns its buffers, so that the rows decide which units they consist of.
   if (AreAligned(16, args.row_bytes)) return launch(uint4());

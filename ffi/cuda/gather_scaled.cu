@@ -6,7 +6,7 @@
 #include "cuda/elements.h"
 #include "cuda/gather_scaled.h"
 #include "cuda/peers.h"
-#include "cuda/received.h"
+#include "cuda/wanted_rows.h"
 
 namespace jax_ep::cuda {
 namespace {
@@ -14,41 +14,66 @@ namespace {
 using ArgsWithTokens =
     WithPeers<GatherRowsArgs, &GatherRowsArgs::x, &GatherRowsArgs::weights>;
 
-// Writes one entry's row: its token, scaled by its choice's weight. By one warp.
+// Held until they are scaled into all rows: the compiler lifts no load over a store.
+constexpr int kLoadsInFlight = 4;
+
+// Left to itself, ptxas widens all that is held before the first row, which takes twice
+// the registers.
+constexpr int kBlocks = 3;
+
 template <typename E, int count>
-__device__ void ScaleToken(const GatherRowsArgs& args, std::int64_t entry) {
-  using Sum = typename E::Sum;
-  const std::int32_t token = args.TokenOf(entry);
-  const std::int32_t row = args.recv_row[entry];
-  if (token == kNoToken || !IsIndex(row, args.capacity)) return;
-  const Source source = SourceOf(args, token);
-  const auto k = args.recv_choice[entry] % static_cast<std::int32_t>(args.num_topk);
-  const auto* weights = static_cast<const float*>(args.weights[source.rank]);
-  const auto weight =
-      static_cast<Sum>(LoadPeer(weights + source.token * args.num_topk + k));
-  const char* from =
-      static_cast<const char*>(args.x[source.rank]) + source.token * args.row_bytes;
-  char* to = static_cast<char*>(args.rows) + row * args.row_bytes;
-#pragma unroll 4
-  for (std::int64_t h = Lane() * count; h < args.hidden; h += kWarpSize * count) {
-    Elements<E, count> elements = LoadElements<E, count>(from, h);
+__device__ Elements<E, count> Scaled(Elements<E, count> elements,
+                                     typename E::Sum weight) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      elements.at[i] = E::Round(weight * E::Load(elements.at[i]));
+  for (int i = 0; i < count; ++i) {
+    elements.at[i] = E::Round(weight * E::Load(elements.at[i]));
+  }
+  return elements;
+}
+
+// Scales a piece of a token into all rows that want it, by one warp, which reads it
+// once.
+template <typename E, int count>
+__device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted,
+                           const Pieces& pieces) {
+  const int left = pieces.left();
+  const char* token =
+      static_cast<const char*>(args.x[wanted.rank]) + wanted.token * args.row_bytes;
+  Elements<E, count> held[kLoadsInFlight];
+#pragma unroll
+  for (int j = 0; j < kLoadsInFlight; ++j) {
+    if (j * kWarpSize >= left) break;
+    held[j] = LoadElements<E, count>(token, (pieces.begin() + j * kWarpSize) * count);
+  }
+  for (int first = 0; first < wanted.count; first += kWarpSize) {
+    const std::int32_t own = RowOf(args, wanted, first + Lane());
+    const float own_weight = WeightOf(args, wanted, first + Lane());
+    for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
+      const std::int32_t row = __shfl_sync(kAllLanes, own, i);
+      const float weight = __shfl_sync(kAllLanes, own_weight, i);
+      if (row == kNoRow) continue;
+      char* to = static_cast<char*>(args.rows) + row * args.row_bytes;
+#pragma unroll
+      for (int j = 0; j < kLoadsInFlight; ++j) {
+        if (j * kWarpSize >= left) break;
+        StoreElements<E, count>(to, (pieces.begin() + j * kWarpSize) * count,
+                                Scaled(held[j], static_cast<typename E::Sum>(weight)));
+      }
     }
-    StoreElements<E, count>(to, h, elements);
   }
 }
 
-// A warp per entry of the receive list at a time.
+// A rank's warps share the receive list.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     GatherScaledKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
-  for (std::int64_t entry = WarpOfRank(); entry < received.entries;
-       entry += WarpsOfRank()) {
-    ScaleToken<E, count>(args, entry);
+  for (Pieces pieces(static_cast<int>(args.hidden) / count, kLoadsInFlight);
+       pieces.entry() < received.entries; pieces.Next()) {
+    const WantedToken wanted = WantedBy(args, received, pieces.entry());
+    if (wanted.count == 0) continue;
+    ScalePiece<E, count>(args, wanted, pieces);
   }
   using Unit = std::conditional_t<count == 1, typename E::Storage, uint4>;
   ZeroUnfilled<Unit>(args, received.rows);
@@ -59,9 +84,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t GatherScaled(const GatherRowsArgs& args, std::int64_t num_stacked,
                          cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
+  if (args.row_bytes > kMaxRowBytes) return cudaErrorInvalidValue;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
+    const std::int64_t pieces =
+        args.capacity * PiecesOf(args.hidden / count(), kLoadsInFlight);
     return LaunchStacked<GatherScaledKernel<decltype(e), count()>>(
-        args, num_stacked, args.capacity, kWarps, kThreads, stream);
+        args, num_stacked, pieces, kWarps, kThreads, stream);
   });
 }
 

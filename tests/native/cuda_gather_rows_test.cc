@@ -134,7 +134,7 @@ void ForRanks(std::mt19937_64& rng, Check check) {
 EP_TEST(CopiesRowsOfAnySize) {
   std::mt19937_64 rng(1);
   for (const std::int64_t row_bytes :
-       {0, 1, 2, 3, 4, 6, 8, 12, 16, 30, 32, 48, 131, 262, 1040, 1044, 4112}) {
+       {0, 1, 2, 3, 4, 6, 8, 12, 16, 30, 32, 48, 131, 262, 1040, 2052, 4112, 8224}) {
     ForRanks(rng, [&](const StackedRanks& ranks, bool zero_tail) {
       CheckCopies(ranks, row_bytes, zero_tail, rng);
     });
@@ -144,7 +144,7 @@ EP_TEST(CopiesRowsOfAnySize) {
 EP_TEST(ScalesRowsByTheChoicesWeight) {
   std::mt19937_64 rng(2);
   for (const DType dtype : kAllDTypes) {
-    for (const std::int64_t hidden : {0, 1, 3, 8, 33, 520}) {
+    for (const std::int64_t hidden : {0, 1, 3, 8, 301, 2056}) {
       ForRanks(rng, [&](const StackedRanks& ranks, bool zero_tail) {
         CheckScaled(ranks, dtype, hidden, zero_tail, rng);
       });
@@ -176,6 +176,34 @@ EP_TEST(GathersForManyRanksAndExperts) {
                              Routing::kUniform, rng);
     CheckCopies(ranks, 8, true, rng);
     CheckScaled(ranks, DType::kF32, 5, false, rng);
+  }
+}
+
+// Tokens that more rows want than a warp has lanes: each entry but the first is
+// another's, up to any number of them.
+EP_TEST(GathersATokenIntoManyRows) {
+  std::mt19937_64 rng(5);
+  for (const std::int64_t topk : {30, 31, 32, 33, 63, 64, 100}) {
+    for (const Routing routing : {Routing::kOneExpert, Routing::kHoles}) {
+      const StackedRanks ranks({.num_ranks = 2,
+                                .num_local_experts = 2,
+                                .num_tokens = 3,
+                                .num_topk = topk,
+                                .capacity = 500},
+                               routing, rng);
+      CheckCopies(ranks, 36, true, rng);
+      CheckScaled(ranks, DType::kF16, 9, true, rng);
+    }
+  }
+}
+
+EP_TEST(RefusesRowsOfTooManyBytes) {
+  std::mt19937_64 rng(6);
+  const StackedRanks ranks({}, Routing::kUniform, rng);
+  GatherRowsArgs args = Arguments(ranks, true);
+  args.row_bytes = std::int64_t{1} << 31;
+  for (const auto gather : {cuda::GatherRows, cuda::GatherScaled}) {
+    EP_CHECK_EQ(gather(args, 1, nullptr), cudaErrorInvalidValue);
   }
 }
 
