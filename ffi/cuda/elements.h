@@ -1,4 +1,4 @@
-// Loads, stores and fma for any dtype, for the kernels that compute.
+// Loads, stores, conversions and fma for any dtype, for the kernels that compute.
 
 #ifndef JAX_EP_FFI_CUDA_ELEMENTS_H_
 #define JAX_EP_FFI_CUDA_ELEMENTS_H_
@@ -9,6 +9,7 @@
 #include "common/dtype.h"
 #include "common/element.h"
 #include "cuda/device.h"
+#include "cuda/ptx.h"
 
 namespace jax_ep::cuda {
 
@@ -47,6 +48,32 @@ __device__ inline void StoreElements(void* row, std::int64_t first,
     __builtin_memcpy(&v, &elements, sizeof(v));
     *reinterpret_cast<uint4*>(p) = v;
   }
+}
+
+// What E's functions of these names do, by the GPU's own instructions where it has any.
+// They agree but for the payloads of NaNs.
+
+template <typename E>
+__device__ inline typename E::Sum Load(typename E::Storage x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<E, BF16>) return ptx::WidenBF16(x);
+  if constexpr (std::is_same_v<E, F16>) return ptx::WidenF16(x);
+#endif
+  return E::Load(x);
+}
+
+template <typename E>
+__device__ inline typename E::Storage Round(typename E::Sum x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<E, BF16>) return ptx::RoundToBF16(x);
+  if constexpr (std::is_same_v<E, F16>) return ptx::RoundToF16(x);
+#endif
+  return E::Round(x);
+}
+
+template <typename E>
+__device__ inline typename E::Sum RoundSum(typename E::Sum x) {
+  return Load<E>(Round<E>(x));
 }
 
 __device__ inline float Fma(float a, float b, float c) { return fmaf(a, b, c); }

@@ -17,16 +17,12 @@ using ArgsWithTokens =
 // Held until they are scaled into all rows: the compiler lifts no load over a store.
 constexpr int kLoadsInFlight = 4;
 
-// Left to itself, ptxas widens all that is held before the first row, which takes twice
-// the registers.
-constexpr int kBlocks = 3;
-
 template <typename E, int count>
 __device__ Elements<E, count> Scaled(Elements<E, count> elements,
                                      typename E::Sum weight) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    elements.at[i] = E::Round(weight * E::Load(elements.at[i]));
+    elements.at[i] = Round<E>(weight * Load<E>(elements.at[i]));
   }
   return elements;
 }
@@ -65,7 +61,7 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
 
 // A rank's warps share the receive list.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, 1)
     GatherScaledKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);

@@ -1,4 +1,4 @@
-// The only inline assembly, an instruction a function, for device.h.
+// The only inline assembly, an instruction a function, for device.h and elements.h.
 
 #ifndef JAX_EP_FFI_CUDA_PTX_H_
 #define JAX_EP_FFI_CUDA_PTX_H_
@@ -43,6 +43,32 @@ __device__ inline std::uint8_t LoadPastL1U8(const void* p) {
   std::uint16_t v;  // there are no registers of 8 bits
   asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(v) : "l"(p));
   return static_cast<std::uint8_t>(v);
+}
+
+// These convert, to nearest, ties to even. A NaN becomes the one of its type.
+
+__device__ inline std::uint16_t RoundToBF16(float x) {
+  std::uint16_t rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return rounded;
+}
+
+__device__ inline std::uint16_t RoundToF16(float x) {
+  std::uint16_t rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+  return rounded;
+}
+
+__device__ inline float WidenBF16(std::uint16_t x) {
+  float widened;
+  asm("mov.b32 %0, {0, %1};" : "=f"(widened) : "h"(x));
+  return widened;
+}
+
+__device__ inline float WidenF16(std::uint16_t x) {
+  float widened;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(widened) : "h"(x));
+  return widened;
 }
 
 }  // namespace jax_ep::cuda::ptx

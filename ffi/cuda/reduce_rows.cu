@@ -83,9 +83,9 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
           term + 1 == terms.count || terms.rank[term + 1] != terms.rank[term];
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        partial[i] = Fma(weight, E::Load(held[j].at[i]), partial[i]);
+        partial[i] = Fma(weight, Load<E>(held[j].at[i]), partial[i]);
         if (is_last) {
-          total[i] += E::RoundSum(partial[i]);
+          total[i] += RoundSum<E>(partial[i]);
           partial[i] = 0;
         }
       }
@@ -93,7 +93,7 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
   }
   Elements<E, count> out;
 #pragma unroll
-  for (int i = 0; i < count; ++i) out.at[i] = E::Round(total[i]);
+  for (int i = 0; i < count; ++i) out.at[i] = Round<E>(total[i]);
   return out;
 }
 

@@ -39,7 +39,7 @@ __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
       const auto q = *reinterpret_cast<const Pair<E>*>(y + h);
 #pragma unroll
       for (int i = 0; i < kSumsPerLane; ++i) {
-        sums[i] = Fma(E::Load(p.at[i]), E::Load(q.at[i]), sums[i]);
+        sums[i] = Fma(Load<E>(p.at[i]), Load<E>(q.at[i]), sums[i]);
       }
     }
   } else {
@@ -47,7 +47,7 @@ __device__ float Dot(const void* a, const void* b, std::int64_t hidden) {
 #pragma unroll
       for (int i = 0; i < kSumsPerLane; ++i) {
         if (h + i == hidden) break;
-        sums[i] = Fma(E::Load(LoadPeer(x + h + i)), E::Load(y[h + i]), sums[i]);
+        sums[i] = Fma(Load<E>(LoadPeer(x + h + i)), Load<E>(y[h + i]), sums[i]);
       }
     }
   }
