@@ -11,7 +11,7 @@ TOOLS := $(VENV)/.tools
 NATIVE_SOURCES := $(shell find ffi -type f -not -path '*/cuda/*')
 LIBRARY := jax_ep/libjax_ep_cpu.so
 CUDA_LIBRARY := jax_ep/libjax_ep_cuda.so
-CUDA_ARCHITECTURES ?= 80;90a;100a;120a
+CUDA_ARCHITECTURES ?= 80;90;100f;120f
 CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
 CXX_FILES = find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h'

@@ -35,7 +35,9 @@ gpu=$(query name) || {
 capability=$(query compute_cap | tr -d .)
 case $capability in
   8*) architecture=80 ;;
-  90 | 100 | 120) architecture=${capability}a ;;
+  90) architecture=90 ;;
+  10?) architecture=100f ;;
+  12?) architecture=120f ;;
   *)
     echo "No kernels are built for compute capability $capability." >&2
     exit 2
