@@ -51,6 +51,14 @@ def trace_platform() -> str:
     )
 
 
+def local_gpus() -> list[Any]:
+    """Returns the GPUs of this process, of whatever make; none where JAX runs without any."""
+    try:
+        return jax.local_devices(backend="gpu")
+    except RuntimeError:
+        return []
+
+
 def debug_nans() -> bool:
     """Tells whether JAX looks for NaNs in every result."""
     return jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]

@@ -18,7 +18,7 @@ from jax_ep import _processes
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
-from jax_ep._library import describe_handlers, gpu_peers_problem, library, library_problem
+from jax_ep._library import describe_handlers, gpu_peers_problem, library, native_problem
 from jax_ep._ops import OPS, PLAN, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
@@ -89,7 +89,7 @@ def choose(call: Call, *, join: bool) -> Fabric | Refusal:
       TimeoutError: another process did not come in time.
     """
     if (problem := platform_problem(call.platform)) is not None:
-        return Refusal(problem)
+        return Refusal(problem, is_expected=not fabrics_for(call.platform))
     reasons = []
     for fabric in fabrics_for(call.platform):
         reason = fabric.refuses(call)
@@ -113,7 +113,7 @@ def platform_problem(platform: str | None) -> str | None:
         there = " and ".join(dict.fromkeys(fabric.platform for fabric in FABRICS))
         return f"there is native code for {there}, and this is for {platform or 'another platform'}"
     name = rows[0].platform
-    return library_problem(name) or _mismatch(name)
+    return native_problem(name) or _mismatch(name)
 
 
 @functools.cache

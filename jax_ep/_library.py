@@ -7,11 +7,12 @@ import os
 import pathlib
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
 
-from jax_ep._compat import ffi_minor_version
+from jax_ep._compat import ffi_minor_version, local_gpus
 from jax_ep._types import Platform
 
 _FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
@@ -51,6 +52,7 @@ def library(platform: Platform) -> ctypes.CDLL:
         loaded.jax_ep_max_topk.restype = ctypes.c_int64
         loaded.jax_ep_plan_workspace.restype = ctypes.c_int64
         loaded.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
+        loaded.jax_ep_cuda_problem.restype = ctypes.c_int
         numbers = ctypes.POINTER(ctypes.c_int32)
         loaded.jax_ep_strangers.argtypes = [numbers, ctypes.c_int32, numbers]
     else:
@@ -81,6 +83,28 @@ def library_problem(platform: Platform) -> str | None:
     if built > (runs := ffi_minor_version()):
         return f"the native library needs XLA FFI 0.{built}, and this jaxlib has 0.{runs}"
     return None
+
+
+@functools.cache
+def native_problem(platform: Platform) -> str | None:
+    """Returns why a platform's library does not run on this process's devices, or None.
+
+    It starts JAX's backends. Without devices of the platform, what is lowered here is to run
+    elsewhere, and nothing but the library is asked.
+    """
+    gpus = local_gpus() if platform == "gpu" else []
+    if gpus and "cuda" not in (runtime := gpus[0].client.platform_version):
+        version = runtime.splitlines()[-1]
+        return f"there is native code for CUDA's GPUs, and those here run {version}"
+    return library_problem(platform) or (_cuda_problem(gpus) if gpus else None)
+
+
+def _cuda_problem(gpus: Sequence[Any]) -> str | None:
+    """Returns why this machine's driver or one of its GPUs does not run the kernels, or None."""
+    devices = (ctypes.c_int * len(gpus))(*(gpu.local_hardware_id for gpu in gpus))
+    text = ctypes.create_string_buffer(512)
+    ask = library("gpu").jax_ep_cuda_problem
+    return text.value.decode() if ask(devices, len(gpus), text, len(text)) else None
 
 
 def usable_platforms() -> list[Platform]:
@@ -151,8 +175,9 @@ def register() -> None:
       >>> import jax_ep
       >>> jax_ep.register()
     """
-    if not (usable := usable_platforms()):
-        raise NotImplementedError(library_problem("cpu"))
+    usable: list[Platform] = [p for p in get_args(Platform) if native_problem(p) is None]
+    if not usable:
+        raise NotImplementedError(native_problem("cpu"))
     for platform in usable:
         register_handlers(platform)
 

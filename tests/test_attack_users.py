@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,10 @@ def test_lowered_for_another_platform(fabric, platform: str) -> None:
 
     program = jax.jit(fabric.over_ranks(per_rank, num_ranks))
     args = numbers.topk_idx[:num_ranks], numbers.x[:num_ranks]
-    text = program.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    with warnings.catch_warnings():
+        # Where the library for GPUs was not built, it says so.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        text = program.trace(*args).lower(lowering_platforms=(platform,)).as_text()
     library = "libjax_ep_cuda.so" if platform == "cuda" else "none"
     if not (pathlib.Path(jax_ep.__file__).parent / library).exists():
         assert "@jax_ep_" not in text

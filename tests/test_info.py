@@ -57,7 +57,7 @@ def test_native_serves_where_it_is_built() -> None:
 
 
 def test_native_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fabrics, "library_problem", lambda _: "the needle")
+    monkeypatch.setattr(_fabrics, "native_problem", lambda _: "the needle")
     lines = _lines()
     assert lines["native"] == "does not serve: the needle"
     assert lines["None"] == "takes xla"

@@ -8,6 +8,7 @@ set(cuda_kernels
   plan_find_cutoffs.cu
   plan_lay_out.cu
   plan_place.cu
+  probe.cu
   reduce_rows.cu
   row_dots.cu)
 list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

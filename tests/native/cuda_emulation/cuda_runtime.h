@@ -32,7 +32,32 @@
 using std::max;
 using std::min;
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+
+namespace jax_ep::emulation {
+
+// The CUDA version of the driver, and what comes of loading a kernel: for tests to
+// alter.
+inline int driver_version = CUDART_VERSION;
+inline cudaError_t load_result = cudaSuccess;
+
+}  // namespace jax_ep::emulation
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = jax_ep::emulation::driver_version;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+
+template <typename... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Params...)) {
+  return jax_ep::emulation::load_result;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
