@@ -95,16 +95,16 @@ $(TOOLS): pyproject.toml | $(RUN)
 CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)
 
 build/lint/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B build/lint
+	$(CONFIGURE) -B build/lint -DJAX_EP_CUDA=AUTO
 
 build/lint-kernels/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B build/lint-kernels -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON
+	$(CONFIGURE) -B build/lint-kernels -DJAX_EP_NATIVE_TESTS=ON
 
 build/native-address: SANITIZE := address,undefined
 build/native-thread: SANITIZE := thread
 
 build/native-%: FORCE $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B $@ -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
+	$(CONFIGURE) -B $@ -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@ --target native_tests/all
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 300
 

@@ -16,6 +16,10 @@ from jax_ep._compat import ffi_minor_version, local_gpus
 from jax_ep._types import Platform
 
 _FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
+_BUILDS: dict[Platform, str] = {
+    "cpu": "`pip install .` builds it",
+    "gpu": "`pip install -C cmake.define.JAX_EP_CUDA=ON .` builds it",
+}
 _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
 # For tests: a library of the GPU's code in which XLA's CPU devices are emulated GPUs. It takes the
 # place of both libraries.
@@ -73,8 +77,8 @@ def library_problem(platform: Platform) -> str | None:
         return f"devices are emulated GPUs, by {_EMULATED}"
     if not library_path(platform).exists():
         return (
-            f"the native library is not built: there is no {_FILES[platform]} next to "
-            "jax_ep's modules"
+            f"the native library is not built: there is no {_FILES[platform]} next to jax_ep's "
+            f"modules; in its sources, {_BUILDS[platform]}"
         )
     try:
         built = library(platform).jax_ep_ffi_minor_version()

@@ -15,7 +15,7 @@ import pytest
 from implementations import require
 
 import jax_ep
-from jax_ep import _fabrics, _library, _native
+from jax_ep import _fabrics, _info, _library, _native
 from jax_ep._ops import OPS
 
 T, K, E, H = 6, 2, 8, 3
@@ -115,6 +115,17 @@ def inputs() -> tuple[jax.Array, jax.Array]:
 def lowered_for_cuda(**options) -> str:
     f = lambda *args: layer(*args, **options)  # noqa: E731
     return jax.jit(f).trace(*inputs()).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_library_that_is_not_built_comes_with_the_command_that_builds_it(
+    machine: Machine,
+) -> None:
+    machine.has(Library(), *gpus(CUDA, 0))
+    machine.file.unlink()
+    command = "`pip install -C cmake.define.JAX_EP_CUDA=ON .` builds it"
+    with pytest.raises(NotImplementedError, match=command):
+        jax_ep.make_plan(inputs()[0], num_experts=E, implementation="native")
+    assert command in _info.info()
 
 
 def test_gpus_that_run_it_are_asked_once(machine: Machine) -> None:

@@ -1,6 +1,6 @@
 # Sets JAX_EP_WITH_CUDA, and enables the language where it is ON.
 set(JAX_EP_WITH_CUDA OFF)
-if(JAX_EP_CUDA STREQUAL "OFF")
+if(NOT JAX_EP_CUDA)
   return()
 endif()
 
@@ -12,32 +12,25 @@ function(leave_out_cuda reason)
   endif()
 endfunction()
 
-# Four architectures take their time: an editable install compiles them where it is told to.
-if(JAX_EP_CUDA STREQUAL "AUTO" AND SKBUILD_STATE STREQUAL "editable")
-  leave_out_cuda("this install is editable; `make cuda` or JAX_EP_CUDA=ON builds it")
-  return()
-endif()
-
-if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  # The nvidia-cuda-nvcc wheels have theirs among Python's packages.
+if(DEFINED ENV{CUDACXX})
+  get_filename_component(nvcc "$ENV{CUDACXX}" PROGRAM)
+else()
   execute_process(
-    COMMAND ${Python_EXECUTABLE} -c "import nvidia; print(*nvidia.__path__, sep=';')"
-    OUTPUT_VARIABLE nvidia_packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-  list(TRANSFORM nvidia_packages APPEND /cu13/bin)
-  find_program(CMAKE_CUDA_COMPILER nvcc PATHS /usr/local/cuda/bin ${nvidia_packages})
+    COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_nvcc.py
+    OUTPUT_VARIABLE nvcc_of_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+  find_program(CMAKE_CUDA_COMPILER nvcc PATHS /usr/local/cuda/bin ${nvcc_of_packages})
+  set(nvcc ${CMAKE_CUDA_COMPILER})
 endif()
-if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  leave_out_cuda("there is no CUDA compiler: put nvcc on the PATH, set CUDACXX, or install \
-the Python packages of jax_ep[cuda-build]")
+if(NOT nvcc)
+  leave_out_cuda("there is no CUDA compiler. Put nvcc on the PATH, set CUDACXX to it, or: \
+pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-nvvm")
   return()
 endif()
 
 # The wheels' nvcc looks for its libraries in lib64, and has them in lib.
-if(CMAKE_CUDA_COMPILER)
-  get_filename_component(toolkit ${CMAKE_CUDA_COMPILER} DIRECTORY)
-  if(EXISTS ${toolkit}/../lib/libcudart_static.a)
-    set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${toolkit}/../lib")
-  endif()
+get_filename_component(toolkit ${nvcc} DIRECTORY)
+if(EXISTS ${toolkit}/../lib/libcudart_static.a)
+  set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${toolkit}/../lib")
 endif()
 
 # Stops CMake from choosing one; the kernels have their own in cuda/CMakeLists.txt.
