@@ -48,6 +48,7 @@ class Fabric:
         nobody, and is asked first.
       join: brings the processes together that the exchange needs, and waits for them; says why they
         cannot exchange, or None.
+      reads_place: whether its handlers read rank and group, and not just how many ranks there are.
       adds: what its handlers take and return beside what the op does.
       operands: their names, by op; they stand between the place and the plan.
       results: likewise; they stand last.
@@ -59,6 +60,7 @@ class Fabric:
     serves: str
     refuses: Callable[[Call], str | None]
     join: Callable[[Call], Refusal | None] = lambda _: None
+    reads_place: bool = True
     adds: Callable[[Call, Operands], Additions] = lambda *_: Additions()
     operands: Callable[[Op], tuple[str, ...]] = lambda _: ()
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
@@ -215,6 +217,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="cpu",
         serves="one rank, and the ranks of a vmap axis, on one CPU device",
         refuses=_refuses_several_devices,
+        reads_place=False,
     ),
     Fabric(
         name="devices",
@@ -239,6 +242,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="gpu",
         serves="one rank, and the ranks of a vmap axis, on one GPU",
         refuses=_refuses_on_gpu,
+        reads_place=False,
         adds=_add_workspace,
         results=lambda op: ("workspace",) if op is PLAN else (),
     ),

@@ -1,5 +1,6 @@
 """The exchange in native code: whether it serves, and its foreign calls."""
 
+import math
 from typing import Any, cast, get_args
 
 import jax
@@ -73,4 +74,12 @@ def run(fabric: Fabric, call: Call, operands: Operands) -> list[Array]:
         **dict(zip(fabric.attributes, added.attributes, strict=True)),
     }
     foreign = jax.ffi.ffi_call(fabric.target(op), [*types, *added.results])
-    return list(foreign(*operands.where, *added.operands, *own, **attributes))[: len(types)]
+    where = operands.where if fabric.reads_place else _constant_place(stack)
+    return list(foreign(*where, *added.operands, *own, **attributes))[: len(types)]
+
+
+def _constant_place(stack: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what stands in for rank and group where no more than their number is read."""
+    # XLA turns constants back into kernels if they are all one number, or a line that counts up.
+    ranks = np.arange(math.prod(stack), dtype=np.int32).reshape(1, *stack)
+    return ranks, ranks
