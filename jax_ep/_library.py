@@ -119,10 +119,7 @@ def usable_platforms() -> list[Platform]:
 @functools.cache
 def gpu_peers_problem() -> str | None:
     """Returns which of this process's GPUs cannot read each other's memory, or None."""
-    try:
-        devices = local_devices("gpu")
-    except RuntimeError:
-        return None  # What is lowered here is to run elsewhere.
+    devices = local_devices("gpu")  # none, if what is lowered here is to run elsewhere
     ordinals = (ctypes.c_int32 * len(devices))(*map(ordinal, devices))
     strangers = (ctypes.c_int32 * 2)()
     if not library("gpu").jax_ep_strangers(ordinals, len(devices), strangers):
@@ -131,12 +128,10 @@ def gpu_peers_problem() -> str | None:
 
 
 def local_devices(platform: Platform) -> list[Any]:
-    """Returns this process's devices that run a platform's native code.
-
-    Raises:
-      RuntimeError: there are none.
-    """
-    return jax.local_devices(backend=_jax_platform(platform))
+    """Returns this process's devices that run a platform's native code, if there are any."""
+    if _jax_platform(platform) == "gpu":
+        return local_gpus()
+    return jax.local_devices(backend="cpu")
 
 
 def ordinal(device: Any) -> int:
