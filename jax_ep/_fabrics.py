@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jax_ep import _processes
@@ -50,9 +49,9 @@ class Fabric:
         cannot exchange, or None.
       reads_place: whether its handlers read rank and group, and not just how many ranks there are.
       adds: what its handlers take and return beside what the op does.
-      operands: their names, by op; they stand between the place and the plan.
-      results: likewise; they stand last.
-      attributes: likewise, of every op.
+      operands: their names; they stand between the place and the plan.
+      results: likewise, by op; they stand last.
+      attributes: likewise.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Fabric:
     join: Callable[[Call], Refusal | None] = lambda _: None
     reads_place: bool = True
     adds: Callable[[Call, Operands], Additions] = lambda *_: Additions()
-    operands: Callable[[Op], tuple[str, ...]] = lambda _: ()
+    operands: tuple[str, ...] = ()
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
     attributes: tuple[str, ...] = ()
 
@@ -74,7 +73,7 @@ class Fabric:
         """Returns what the library should say of an op's handler."""
         plan = PlanArrays._fields if op.takes_plan else ()
         return {
-            "operands": [*Place._fields, *self.operands(op), *plan, *op.payloads],
+            "operands": [*Place._fields, *self.operands, *plan, *op.payloads],
             "results": [*op.results, *self.results(op)],
             "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes]),
         }
@@ -191,13 +190,10 @@ def _add_workspace(call: Call, operands: Operands) -> Additions:
     return Additions(results=[result_type((words,), jnp.int32, operands.payloads[0])])
 
 
-def _add_choices_of_all(call: Call, operands: Operands) -> Additions:
-    attributes = _add_members(call, operands).attributes
-    if call.op is not PLAN:
-        return Additions(attributes=attributes)
-    (topk_idx,) = operands.payloads
-    gathered = jax.lax.all_gather(topk_idx, call.layout.axis_name)
-    return Additions([gathered], _add_workspace(call, operands).results, attributes)
+def _add_workspace_and_members(call: Call, operands: Operands) -> Additions:
+    return _add_workspace(call, operands)._replace(
+        attributes=_add_members(call, operands).attributes
+    )
 
 
 def _add_members(call: Call, _: Operands) -> Additions:
@@ -234,7 +230,7 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_one_process,
         join=lambda call: _processes.join(call.processes, "cpu"),
         adds=_add_agreement,
-        operands=lambda _: ("numbers",),
+        operands=("numbers",),
         attributes=("members", "kind"),
     ),
     Fabric(
@@ -251,8 +247,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="gpu",
         serves="ranks on GPUs of one process that can read each other's memory",
         refuses=_refuses_gpus_of_processes,
-        adds=_add_choices_of_all,
-        operands=lambda op: ("gathered",) if op is PLAN else (),
+        adds=_add_workspace_and_members,
         results=lambda op: ("workspace",) if op is PLAN else (),
         attributes=("members",),
     ),
@@ -262,8 +257,7 @@ FABRICS: tuple[Fabric, ...] = (
         serves="ranks on GPUs of several processes of one host that can read each other's memory",
         refuses=_refuses_gpus_of_one_process,
         join=lambda call: _processes.join(call.processes, "gpu"),
-        adds=_add_choices_of_all,
-        operands=lambda op: ("gathered",) if op is PLAN else (),
+        adds=_add_workspace_and_members,
         results=lambda op: ("workspace",) if op is PLAN else (),
         attributes=("members",),
     ),

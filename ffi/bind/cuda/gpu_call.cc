@@ -7,8 +7,6 @@
 #include <optional>
 #include <string>
 
-#include "cuda/plan.h"
-
 namespace jax_ep {
 
 std::optional<Role> FindRole(CallSite& site, std::int32_t device,
@@ -33,32 +31,6 @@ ffi::Error ErrorOf(const std::optional<StreamFailure>& failure) {
   if (!failure) return ffi::Error::Success();
   if (failure->is_of_cuda) return ffi::Error::Internal("jax_ep: " + failure->what);
   return MeetingError(failure->what);
-}
-
-// XLA has gathered all ranks' choices, so that each makes its own plan of them. The
-// members are not looked at: every call of these fabrics has them.
-GatheredPlan ReadGatheredPlan(CallReader& reader) {
-  reader.List("members");
-  const std::int64_t num_ranks = reader.where().num_ranks;
-  const std::int64_t choices =
-      reader.Attribute("num_tokens") * reader.Attribute("num_topk");
-  const auto* gathered = reader.Operand<std::int32_t>("gathered", num_ranks * choices);
-  GatheredPlan plan = {.call = PlanOp::Read(reader), .workspace = nullptr};
-  const std::int64_t words = reader.failed() ? 0 : cuda::PlanWorkspace(plan.call.args);
-  plan.workspace = reader.Result<std::int32_t>("workspace", words);
-  plan.call.args.topk_idx =
-      PeerTable(gathered, choices * static_cast<std::int64_t>(sizeof(std::int32_t)));
-  return plan;
-}
-
-ffi::Error PlanGathered(cudaStream_t stream, ffi::RemainingArgs operands,
-                        ffi::RemainingRets results, ffi::Dictionary attributes) {
-  CallReader reader(operands, results, attributes);
-  const GatheredPlan plan = ReadGatheredPlan(reader);
-  if (reader.failed()) return reader.error();
-  const cuda::PlanRanks ranks = {.ranks = reader.where().rank, .num_stacked = 1};
-  return CudaError(
-      cuda::MakePlans(plan.call.args, plan.call.own, ranks, plan.workspace, stream));
 }
 
 }  // namespace jax_ep

@@ -102,29 +102,7 @@ void AskGpus(CallReader& reader) {
   Op::Read(reader);
 }
 
-// Reads and launches a plan of this device's rank, from the choices of all.
-struct GatheredPlan {
-  PlanOp::Call call;
-  std::int32_t* workspace;
-};
-GatheredPlan ReadGatheredPlan(CallReader& reader);
-ffi::Error PlanGathered(cudaStream_t stream, ffi::RemainingArgs operands,
-                        ffi::RemainingRets results, ffi::Dictionary attributes);
-
 }  // namespace jax_ep
-
-// Defines and lists the handler of a fabric's plans. Nobody waits for one, so that XLA
-// may record it into a CUDA graph.
-#define EP_DEFINE_GATHERED_PLAN(fabric)                                            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_##fabric, jax_ep::PlanGathered,        \
-                                xla::ffi::Ffi::Bind()                              \
-                                    .Ctx<xla::ffi::PlatformStream<cudaStream_t>>() \
-                                    .RemainingArgs()                               \
-                                    .RemainingRets()                               \
-                                    .Attrs(),                                      \
-                                {xla::ffi::Traits::kCmdBufferCompatible});         \
-  EP_LIST_HANDLER(plan_##fabric, jax_ep::ReadGatheredPlan,                         \
-                  {"execute", "jax_ep_plan_" #fabric})
 
 // Defines and lists an op's handler of a fabric of several GPUs. A graph could not wait
 // for what another one's stream records: it is never recorded into one.

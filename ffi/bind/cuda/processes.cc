@@ -12,6 +12,7 @@
 
 #include "bind/call_reader.h"
 #include "bind/cuda/gpu_call.h"
+#include "bind/cuda/kernels.h"
 #include "bind/cuda/launch_thread.h"
 #include "bind/ops.h"
 #include "bind/process/call_site.h"
@@ -71,5 +72,4 @@ Launched ExchangeProcesses(CallSite* site, ffi::RunId run, std::int32_t device,
   EP_DEFINE_GPU_HANDLER(name, processes, jax_ep::ExchangeProcesses<jax_ep::Op>, \
                         jax_ep::AskGpus<jax_ep::Op>)
 
-EP_DEFINE_GATHERED_PLAN(processes)
-EP_FOR_EACH_PLANNED_OP(EP_DEFINE_PROCESSES)
+EP_FOR_EACH_GPU_OP(EP_DEFINE_PROCESSES)
