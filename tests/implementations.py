@@ -88,9 +88,14 @@ class Row:
         names = (self.implementation, self.platform, self.fabric.name)
         return "-".join(name for name in names if name != "cpu")
 
+    @property
+    def backend(self) -> str:
+        """The backend of JAX that runs it."""
+        return "cpu" if self.platform == "emulated" else self.platform
+
     def require(self) -> None:
         """Skips the test where the row cannot run, or fails it if it had to."""
-        require(self.implementation, self.platform)
+        require(self.implementation, self.backend)
 
     def serves(self, num_ranks: int) -> bool:
         return num_ranks <= self.fabric.max_ranks
@@ -166,8 +171,6 @@ def require(implementation: str, platform: str = "cpu") -> None:
 
 
 def _what_is_missing(implementation: str, platform: str) -> str | None:
-    if EMULATED:
-        platform = "cpu" if platform == "emulated" else platform
     if (backend := jax.default_backend()) != platform:
         return f"this test is for the platform {platform!r}, and the default backend is {backend!r}"
     library = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}[platform]

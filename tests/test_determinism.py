@@ -65,7 +65,7 @@ def test_one_hash(implementation: str) -> None:
     inputs = routings()
     hashes = {}
     for row in ROWS:
-        if row.platform != jax.default_backend() or not row.serves(SHAPE.num_ranks):
+        if row.backend != jax.default_backend() or not row.serves(SHAPE.num_ranks):
             continue
         if row.implementation == implementation:
             f = jax.jit(row.over_ranks(per_rank(row), SHAPE.num_ranks), compiler_options=options)

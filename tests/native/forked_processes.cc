@@ -27,8 +27,8 @@ using std::chrono::duration;
 
 // What a child does: tells of its board, is told of the other, and then its body.
 bool Run(std::int32_t here, duration<double> timeout, const Child::Body& body, int from,
-         int to) {
-  Side side(here, timeout);
+         int to, bool is_ordered) {
+  Side side(here, timeout, is_ordered);
   const BoardAddress mine = side.address();
   BoardAddress theirs{};
   if (write(to, &mine, sizeof(mine)) < 0) return false;
@@ -38,8 +38,9 @@ bool Run(std::int32_t here, duration<double> timeout, const Child::Body& body, i
 
 }  // namespace
 
-std::unique_ptr<Host> NewHost(std::int32_t here, duration<double> timeout) {
-  auto host = Host::Create(here, [timeout] { return timeout; });
+std::unique_ptr<Host> NewHost(std::int32_t here, duration<double> timeout,
+                              bool is_ordered) {
+  auto host = Host::Create(here, [timeout] { return timeout; }, is_ordered);
   if (auto* problem = std::get_if<std::string>(&host)) {
     EP_CHECK_EQ(*problem, "");
     return nullptr;
@@ -47,8 +48,8 @@ std::unique_ptr<Host> NewHost(std::int32_t here, duration<double> timeout) {
   return std::move(std::get<std::unique_ptr<Host>>(host));
 }
 
-Side::Side(std::int32_t here, duration<double> timeout)
-    : here_(here), host_(NewHost(here, timeout)) {
+Side::Side(std::int32_t here, duration<double> timeout, bool is_ordered)
+    : here_(here), host_(NewHost(here, timeout, is_ordered)) {
   point_.SetTimeout(timeout);
 }
 
@@ -90,14 +91,15 @@ SpanOutcome Side::MakeTurns(const std::vector<std::int32_t>& process_of,
   return outcome;
 }
 
-Child::Child(std::int32_t here, duration<double> timeout, const Body& body) {
+Child::Child(std::int32_t here, duration<double> timeout, const Body& body,
+             bool is_ordered) {
   std::array<int, 2> to_child{};
   std::array<int, 2> from_child{};
   EP_CHECK_EQ(pipe(to_child.data()), 0);
   EP_CHECK_EQ(pipe(from_child.data()), 0);
   process_ = fork();
   if (process_ == 0) {
-    _exit(Run(here, timeout, body, to_child[0], from_child[1]) ? 0 : 1);
+    _exit(Run(here, timeout, body, to_child[0], from_child[1], is_ordered) ? 0 : 1);
   }
   close(to_child[0]);
   close(from_child[1]);

@@ -29,14 +29,17 @@ inline constexpr std::chrono::duration<double> kSoon{1};
 inline const std::vector<std::int32_t> kOneEach = {0, 1};
 
 std::unique_ptr<Host> NewHost(std::int32_t here = 0,
-                              std::chrono::duration<double> timeout = kLong);
+                              std::chrono::duration<double> timeout = kLong,
+                              bool is_ordered = false);
 
 // One process's side: its host and where its ranks meet.
 class Side {
  public:
-  Side(std::int32_t here, std::chrono::duration<double> timeout);
+  Side(std::int32_t here, std::chrono::duration<double> timeout,
+       bool is_ordered = false);
 
   Host& host() { return *host_; }
+  MeetingPoint& point() { return point_; }
   BoardAddress address() const { return host_->address(); }
 
   // Makes the call of all of this process's ranks from `first` on; returns what came of
@@ -48,10 +51,10 @@ class Side {
   SpanOutcome MakeTurns(const std::vector<std::int32_t>& process_of,
                         std::int64_t turns);
 
- private:
   std::shared_ptr<const Span> SpanOf(const std::vector<std::int32_t>& process_of,
                                      std::int32_t group);
 
+ private:
   const std::int32_t here_;
   HelperThreads helpers_{2};
   std::unique_ptr<Host> host_;
@@ -64,7 +67,8 @@ class Child {
   using Body = std::function<bool(Side&)>;
 
   // To be made while this process has no other threads.
-  Child(std::int32_t here, std::chrono::duration<double> timeout, const Body& body);
+  Child(std::int32_t here, std::chrono::duration<double> timeout, const Body& body,
+        bool is_ordered = false);
   ~Child();
   Child(const Child&) = delete;
   Child& operator=(const Child&) = delete;

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstddef>
@@ -39,6 +40,26 @@ EP_TEST(ProcessesExchange) {
     EP_CHECK(own.host().IsAlive(1));
     EP_CHECK_EQ(own.MakeTurns(process_of, kTurns).failure.value_or(""), "");
     EP_CHECK(child.Ended());
+  }
+}
+
+// Where all come to their exchanges in one order, by themselves.
+EP_TEST(OrderedProcessesExchangeWithoutALeader) {
+  constexpr std::int64_t kTurns = 60;
+  for (const std::vector<std::int32_t>& process_of : {kOneEach, {0, 0, 1, 1}}) {
+    const Case which("ranks in processes " + Show(process_of));
+    Child child(
+        1, kLong,
+        [&](Side& side) { return !side.MakeTurns(process_of, kTurns).failure; }, true);
+    Side own(0, kLong, true);
+    std::atomic<std::int64_t> followed = 0;
+    own.host().set_on_phase([&](Phase phase, Epoch) {
+      if (phase == Phase::kFollowing) ++followed;
+    });
+    child.Join(own, 0);
+    EP_CHECK_EQ(own.MakeTurns(process_of, kTurns).failure.value_or(""), "");
+    EP_CHECK(child.Ended());
+    EP_CHECK_EQ(followed.load(), 0);
   }
 }
 
