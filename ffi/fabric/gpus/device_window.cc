@@ -22,12 +22,8 @@ cudaError_t DeviceWindow::Publish(const std::vector<Lent>& lent, cudaStream_t st
                                   WindowNote& note) {
   Half& half = Current();
   const HalfLayout layout = LayoutOf(lent);
-  cudaError_t error = MakeEvents(half);
+  cudaError_t error = MakeEvent(half);
   if (error == cudaSuccess) error = Reserve(half, layout.BytesOf(1));
-  for (const cudaEvent_t reader : half.readers) {
-    if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, reader, 0);
-  }
-  half.readers.clear();
   for (std::size_t i = 0; i < lent.size() && error == cudaSuccess; ++i) {
     void* place = layout.Place(static_cast<char*>(half.memory), 0, i);
     if (place == nullptr) continue;
@@ -46,24 +42,15 @@ cudaError_t DeviceWindow::AwaitReady(std::int32_t rank, const WindowNote& note,
   cudaError_t error = Open(note, opened);
   if (error != cudaSuccess) return error;
   half = static_cast<const char*>(opened.memory);
-  Current().readers.push_back(opened.done);
   return cudaStreamWaitEvent(stream, opened.ready, 0);
 }
 
-cudaError_t DeviceWindow::MarkDone(cudaStream_t stream) {
-  const cudaError_t error = cudaEventRecord(Current().done, stream);
-  ++num_exchanges_;
-  return error;
-}
-
-cudaError_t DeviceWindow::MakeEvents(Half& half) {
-  if (half.done != nullptr) return cudaSuccess;
+cudaError_t DeviceWindow::MakeEvent(Half& half) {
+  if (half.ready != nullptr) return cudaSuccess;
   constexpr unsigned kFlags = cudaEventDisableTiming | cudaEventInterprocess;
-  cudaError_t error = cudaEventCreateWithFlags(&half.ready, kFlags);
-  if (error == cudaSuccess) error = cudaIpcGetEventHandle(&half.note.ready, half.ready);
-  if (error == cudaSuccess) error = cudaEventCreateWithFlags(&half.done, kFlags);
-  if (error == cudaSuccess) error = cudaIpcGetEventHandle(&half.note.done, half.done);
-  return error;
+  const cudaError_t error = cudaEventCreateWithFlags(&half.ready, kFlags);
+  if (error != cudaSuccess) return error;
+  return cudaIpcGetEventHandle(&half.note.ready, half.ready);
 }
 
 // Others may read what it had until now, and have it open: it stays for good. As each
@@ -83,9 +70,8 @@ cudaError_t DeviceWindow::Reserve(Half& half, std::size_t bytes) {
 
 cudaError_t DeviceWindow::Open(const WindowNote& note, Opened& opened) {
   cudaError_t error = cudaSuccess;
-  if (opened.done == nullptr) {
+  if (opened.ready == nullptr) {
     error = cudaIpcOpenEventHandle(&opened.ready, note.ready);
-    if (error == cudaSuccess) error = cudaIpcOpenEventHandle(&opened.done, note.done);
   }
   if (error != cudaSuccess || opened.number == note.memory_number) return error;
   void* memory = nullptr;

@@ -29,9 +29,10 @@ struct WindowNote {
 // and what it has opened of the others'. Only the thread that launches what the rank's
 // GPU does may use it, with the GPU current.
 //
-// A half is filled again two exchanges later. By then all ranks have come to the one in
-// between, and so have put their reading of this half on their streams, and recorded
-// that it is done: the stream waits for that, and no thread for a stream.
+// A half is filled again two exchanges later. In the one in between, this rank's stream
+// waits until all others have filled their halves, which they do behind their reading
+// of this one: so nobody reads it any more when the stream comes to fill it again, and
+// nobody has to say so.
 class DeviceWindow {
  public:
   DeviceWindow() = default;
@@ -50,9 +51,8 @@ class DeviceWindow {
   cudaError_t AwaitReady(std::int32_t rank, const WindowNote& note, cudaStream_t stream,
                          const char*& half);
 
-  // Tells the others that what is on the stream has read their halves, whose AwaitReady
-  // came before.
-  cudaError_t MarkDone(cudaStream_t stream);
+  // Ends the exchange: what reads the others' halves is on the stream.
+  void Advance() { ++num_exchanges_; }
 
  private:
   struct Half {
@@ -60,9 +60,7 @@ class DeviceWindow {
     std::size_t bytes = 0;
     std::uint64_t number = 0;  // of memories that it has had
     cudaEvent_t ready = nullptr;
-    cudaEvent_t done = nullptr;
     WindowNote note = {};
-    std::vector<cudaEvent_t> readers;  // others' `done`, of those that read it
   };
 
   // Another rank's half, as it was opened here.
@@ -70,11 +68,10 @@ class DeviceWindow {
     const void* memory = nullptr;
     std::uint64_t number = 0;
     cudaEvent_t ready = nullptr;
-    cudaEvent_t done = nullptr;
   };
 
   Half& Current() { return halves_[num_exchanges_ % halves_.size()]; }
-  static cudaError_t MakeEvents(Half& half);
+  static cudaError_t MakeEvent(Half& half);
   static cudaError_t Reserve(Half& half, std::size_t bytes);
   static cudaError_t Open(const WindowNote& note, Opened& opened);
 

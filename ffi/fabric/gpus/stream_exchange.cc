@@ -168,9 +168,7 @@ class Streams {
     for (const auto& table : tables_) tables.push_back(table.data());
     cudaError_t error = call_.launch(tables);
     if (error == cudaSuccess) error = cudaEventRecord(Own().done, call_.stream);
-    if (error == cudaSuccess && call_.window != nullptr) {
-      error = call_.window->MarkDone(call_.stream);
-    }
+    if (call_.window != nullptr) call_.window->Advance();
     return error;
   }
 
