@@ -89,6 +89,13 @@ __device__ inline Unit LoadPeer(const Unit* p) {
 #endif
 }
 
+// Writes a part of a row that this kernel does not read again. It is the first to leave
+// the second-level cache, and so does not drive out what others are about to read.
+template <typename Unit>
+__device__ inline void StoreToRow(Unit* p, const Unit& unit) {
+  __stcs(p, unit);
+}
+
 // Returns whether all of these are multiples of `bytes`.
 template <typename... Addresses>
 __host__ __device__ inline bool AreAligned(std::int64_t bytes, Addresses... addresses) {

@@ -37,17 +37,32 @@ __device__ inline Elements<E, count> LoadElements(const void* row, std::int64_t 
   return elements;
 }
 
-template <typename E, int count>
-__device__ inline void StoreElements(void* row, std::int64_t first,
-                                     const Elements<E, count>& elements) {
+// Calls store(address, value) with the elements as the largest unit that they fill.
+template <typename E, int count, typename Store>
+__device__ inline void StoreBy(void* row, std::int64_t first,
+                               const Elements<E, count>& elements, Store store) {
   auto* p = static_cast<typename E::Storage*>(row) + first;
   if constexpr (count == 1) {
-    *p = elements.at[0];
+    store(p, elements.at[0]);
   } else {
     uint4 v;
     __builtin_memcpy(&v, &elements, sizeof(v));
-    *reinterpret_cast<uint4*>(p) = v;
+    store(reinterpret_cast<uint4*>(p), v);
   }
+}
+
+template <typename E, int count>
+__device__ inline void StoreElements(void* row, std::int64_t first,
+                                     const Elements<E, count>& elements) {
+  StoreBy<E, count>(row, first, elements, [](auto* p, const auto& v) { *p = v; });
+}
+
+// As StoreToRow.
+template <typename E, int count>
+__device__ inline void StoreElementsToRow(void* row, std::int64_t first,
+                                          const Elements<E, count>& elements) {
+  StoreBy<E, count>(row, first, elements,
+                    [](auto* p, const auto& v) { StoreToRow(p, v); });
 }
 
 // What E's functions of these names do, by the GPU's own instructions where it has any.

@@ -32,6 +32,7 @@ __device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
   }
   for (int first = 0; first < wanted.count; first += kWarpSize) {
     const std::int32_t own = RowOf(args, wanted, first + Lane());
+#pragma unroll 1
     for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
       const std::int32_t row = __shfl_sync(kAllLanes, own, i);
       if (row == kNoRow) continue;
@@ -39,7 +40,7 @@ __device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
           reinterpret_cast<Unit*>(reinterpret_cast<char*>(rows) + row * args.row_bytes);
 #pragma unroll
       for (int j = 0; j < kLoadsInFlight<Unit>; ++j) {
-        if (j * kWarpSize < left) to[j * kWarpSize] = held[j];
+        if (j * kWarpSize < left) StoreToRow(to + j * kWarpSize, held[j]);
       }
     }
   }

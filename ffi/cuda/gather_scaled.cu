@@ -44,6 +44,7 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
   for (int first = 0; first < wanted.count; first += kWarpSize) {
     const std::int32_t own = RowOf(args, wanted, first + Lane());
     const float own_weight = WeightOf(args, wanted, first + Lane());
+#pragma unroll 1
     for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
       const std::int32_t row = __shfl_sync(kAllLanes, own, i);
       const float weight = __shfl_sync(kAllLanes, own_weight, i);
@@ -52,8 +53,9 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
 #pragma unroll
       for (int j = 0; j < kLoadsInFlight; ++j) {
         if (j * kWarpSize >= left) break;
-        StoreElements<E, count>(to, (pieces.begin() + j * kWarpSize) * count,
-                                Scaled(held[j], static_cast<typename E::Sum>(weight)));
+        StoreElementsToRow<E, count>(
+            to, (pieces.begin() + j * kWarpSize) * count,
+            Scaled(held[j], static_cast<typename E::Sum>(weight)));
       }
     }
   }

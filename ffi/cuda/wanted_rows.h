@@ -139,7 +139,7 @@ __device__ inline void ZeroRow(const GatherRowsArgs& args, std::int64_t row) {
   auto* to =
       reinterpret_cast<Unit*>(static_cast<char*>(args.rows) + row * args.row_bytes);
   const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
-  for (std::int64_t u = Lane(); u < units; u += kWarpSize) to[u] = Unit{};
+  for (std::int64_t u = Lane(); u < units; u += kWarpSize) StoreToRow(to + u, Unit{});
 }
 
 // Zeroes what no choice fills: the padding inside groups and, where it is to be zero,

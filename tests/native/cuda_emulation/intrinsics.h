@@ -11,6 +11,12 @@
 // Every emulated thread has parameters of its own.
 #define __grid_constant__
 
+// Stores what is not read again soon.
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
 // One more than the place of the lowest bit that is set; 0: there is none.
 inline int __ffs(int bits) {
   return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
