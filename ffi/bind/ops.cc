@@ -48,6 +48,8 @@ GatherRowsArgs ReadGathered(CallReader& reader, const PlanSizes& sizes,
   args.recv_counts = plan.recv_counts;
   args.group_sizes = plan.group_sizes;
   args.group_rows = plan.group_rows;
+  args.send_rank = plan.send_rank;
+  args.send_row = plan.send_row;
   args.zero_tail = reader.Attribute("zero_tail") != 0;
   if (reader.failed()) return args;
   args.hidden = x.dim(0);

@@ -41,6 +41,11 @@ struct GatherRowsArgs {
   bool scaled;     // whether rows are scaled by weights, or plain copies
   bool zero_tail;  // whether to zero the rows past the last group
   cpu::PlanFault* fault = nullptr;  // or null; of use on the CPU alone
+  // The other side of the receive lists: where this rank's own tokens go. Or null.
+  // Where one kernel fills the rows of all ranks it goes by these, and reads no token
+  // twice.
+  const std::int32_t* send_rank = nullptr;  // [num_tokens, num_topk]
+  const std::int32_t* send_row = nullptr;   // [num_tokens, num_topk]
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {
@@ -50,6 +55,8 @@ struct GatherRowsArgs {
     args.group_sizes += i * num_local_experts;
     args.group_rows += i * num_local_experts;
     args.recv_counts += i * num_ranks;
+    if (send_rank != nullptr) args.send_rank += i * num_tokens * num_topk;
+    if (send_row != nullptr) args.send_row += i * num_tokens * num_topk;
     args.rows = static_cast<char*>(rows) + i * capacity * row_bytes;
     return args;
   }

@@ -16,6 +16,9 @@ using ArgsWithTokens = WithPeers<GatherRowsArgs, &GatherRowsArgs::x>;
 template <typename Unit>
 inline constexpr int kLoadsInFlight = sizeof(Unit) >= 4 ? 8 : 4;
 
+// Blocks that a processor shall hold.
+constexpr int kBlocksEach = 3;
+
 // Copies a piece of a token to all rows that want it, by one warp, which reads it once.
 template <typename Unit>
 __device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
@@ -31,10 +34,10 @@ __device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
     if (j * kWarpSize < left) held[j] = LoadPeer(from + j * kWarpSize);
   }
   for (int first = 0; first < wanted.count; first += kWarpSize) {
-    const std::int32_t own = RowOf(args, wanted, first + Lane());
+    const std::int64_t own = RowOf(args, wanted, first + Lane());
 #pragma unroll 1
     for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
-      const std::int32_t row = __shfl_sync(kAllLanes, own, i);
+      const std::int64_t row = __shfl_sync(kAllLanes, own, i);
       if (row == kNoRow) continue;
       auto* to =
           reinterpret_cast<Unit*>(reinterpret_cast<char*>(rows) + row * args.row_bytes);
@@ -46,16 +49,17 @@ __device__ void CopyPiece(const GatherRowsArgs& args, const WantedToken& wanted,
   }
 }
 
-// A rank's warps share the receive list.
+// A rank's warps share its receive list, or its tokens.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     GatherRowsKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
+  const std::int64_t positions = Positions(args, received);
   const int units = static_cast<int>(args.row_bytes) / static_cast<int>(sizeof(Unit));
-  for (Pieces pieces(units, kLoadsInFlight<Unit>); pieces.entry() < received.entries;
+  for (Pieces pieces(units, kLoadsInFlight<Unit>); pieces.position() < positions;
        pieces.Next()) {
-    const WantedToken wanted = WantedBy(args, received, pieces.entry());
+    const WantedToken wanted = WantedAt(args, received, pieces.position());
     if (wanted.count > 0) CopyPiece<Unit>(args, wanted, pieces);
   }
   ZeroUnfilled<Unit>(args, received.rows);
@@ -67,11 +71,12 @@ cudaError_t GatherRows(const GatherRowsArgs& args, std::int64_t num_stacked,
                        cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
   if (args.row_bytes > kMaxRowBytes) return cudaErrorInvalidValue;
+  const GatherRowsArgs first = ForLaunch(args, num_stacked);
   const auto launch = [&]<typename Unit>(Unit) {
     const std::int64_t units = args.row_bytes / static_cast<std::int64_t>(sizeof(Unit));
-    const std::int64_t pieces = args.capacity * PiecesOf(units, kLoadsInFlight<Unit>);
-    return LaunchStacked<GatherRowsKernel<Unit>>(args, num_stacked, pieces, kWarps,
-                                                 kThreads, stream);
+    return LaunchStacked<GatherRowsKernel<Unit>>(
+        first, num_stacked, NumPieces(first, units, kLoadsInFlight<Unit>), kWarps,
+        kThreads, stream);
   };
   // XLA aligns its buffers, so that the rows decide which units they consist of.
   if (AreAligned(16, args.row_bytes)) return launch(uint4());

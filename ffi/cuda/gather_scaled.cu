@@ -17,6 +17,10 @@ using ArgsWithTokens =
 // Held until they are scaled into all rows: the compiler lifts no load over a store.
 constexpr int kLoadsInFlight = 4;
 
+// Blocks that a processor shall hold. Not told, ptxas takes registers that it can do
+// without.
+constexpr int kBlocksEach = 4;
+
 template <typename E, int count>
 __device__ Elements<E, count> Scaled(Elements<E, count> elements,
                                      typename E::Sum weight) {
@@ -42,11 +46,11 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
     held[j] = LoadElements<E, count>(token, (pieces.begin() + j * kWarpSize) * count);
   }
   for (int first = 0; first < wanted.count; first += kWarpSize) {
-    const std::int32_t own = RowOf(args, wanted, first + Lane());
+    const std::int64_t own = RowOf(args, wanted, first + Lane());
     const float own_weight = WeightOf(args, wanted, first + Lane());
 #pragma unroll 1
     for (int i = 0; i < min(wanted.count - first, kWarpSize); ++i) {
-      const std::int32_t row = __shfl_sync(kAllLanes, own, i);
+      const std::int64_t row = __shfl_sync(kAllLanes, own, i);
       const float weight = __shfl_sync(kAllLanes, own_weight, i);
       if (row == kNoRow) continue;
       char* to = static_cast<char*>(args.rows) + row * args.row_bytes;
@@ -61,15 +65,16 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
   }
 }
 
-// A rank's warps share the receive list.
+// A rank's warps share its receive list, or its tokens.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     GatherScaledKernel(const __grid_constant__ ArgsWithTokens first) {
   const GatherRowsArgs args = first.OfStacked(blockIdx.x);
   const Received received = ReceivedBy(args);
+  const std::int64_t positions = Positions(args, received);
   for (Pieces pieces(static_cast<int>(args.hidden) / count, kLoadsInFlight);
-       pieces.entry() < received.entries; pieces.Next()) {
-    const WantedToken wanted = WantedBy(args, received, pieces.entry());
+       pieces.position() < positions; pieces.Next()) {
+    const WantedToken wanted = WantedAt(args, received, pieces.position());
     if (wanted.count == 0) continue;
     ScalePiece<E, count>(args, wanted, pieces);
   }
@@ -83,11 +88,12 @@ cudaError_t GatherScaled(const GatherRowsArgs& args, std::int64_t num_stacked,
                          cudaStream_t stream) {
   if (args.row_bytes == 0) return cudaSuccess;
   if (args.row_bytes > kMaxRowBytes) return cudaErrorInvalidValue;
+  const GatherRowsArgs first = ForLaunch(args, num_stacked);
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
     const std::int64_t pieces =
-        args.capacity * PiecesOf(args.hidden / count(), kLoadsInFlight);
+        NumPieces(first, first.hidden / count(), kLoadsInFlight);
     return LaunchStacked<GatherScaledKernel<decltype(e), count()>>(
-        args, num_stacked, pieces, kWarps, kThreads, stream);
+        first, num_stacked, pieces, kWarps, kThreads, stream);
   });
 }
 

@@ -4,6 +4,7 @@
 #ifndef JAX_EP_FFI_CUDA_WANTED_ROWS_H_
 #define JAX_EP_FFI_CUDA_WANTED_ROWS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -39,8 +40,26 @@ __device__ inline Received ReceivedBy(const GatherRowsArgs& args) {
   return received;
 }
 
-// A token, and the entries of the receive list that want it. Without entries, those are
-// another warp's.
+// Has blocks go by the tokens of their rank, if all ranks are stacked, whose rows then
+// lie one behind the other. If not, by its receive list, and without the send lists.
+inline GatherRowsArgs ForLaunch(GatherRowsArgs args, std::int64_t num_stacked) {
+  const bool all_are_here = num_stacked == args.num_ranks && !args.x.has_addresses();
+  if (!all_are_here || args.send_rank == nullptr) args.send_row = nullptr;
+  return args;
+}
+
+__host__ __device__ inline bool GoesBySource(const GatherRowsArgs& args) {
+  return args.send_row != nullptr;
+}
+
+// What the warps of a rank share: its tokens, or the entries of its receive list.
+__device__ inline std::int64_t Positions(const GatherRowsArgs& args,
+                                         const Received& received) {
+  return GoesBySource(args) ? args.num_tokens : received.entries;
+}
+
+// A token, and who wants it: so many of its choices, or entries of the receive list.
+// Without any, those are another warp's.
 struct WantedToken {
   std::int32_t rank;
   std::int32_t token;  // of that rank
@@ -50,8 +69,9 @@ struct WantedToken {
 
 // Finds the token of an entry, if it is the first that wants it, and how many do; by
 // one warp, which looks at an entry per lane from the one before on.
-__device__ inline WantedToken WantedBy(const GatherRowsArgs& args,
-                                       const Received& received, std::int64_t entry) {
+__device__ inline WantedToken WantedByEntry(const GatherRowsArgs& args,
+                                            const Received& received,
+                                            std::int64_t entry) {
   const auto token_of = [&](std::int64_t i) {
     return i >= 0 && i < received.entries ? args.TokenOf(i) : kNoToken;
   };
@@ -69,13 +89,28 @@ __device__ inline WantedToken WantedBy(const GatherRowsArgs& args,
   return {wanted / tokens, wanted % tokens, static_cast<std::int32_t>(entry), count};
 }
 
-// The row of the i-th entry that wants a token, or that there is none.
-inline constexpr std::int32_t kNoRow = -1;
-__device__ inline std::int32_t RowOf(const GatherRowsArgs& args,
+__device__ inline WantedToken WantedAt(const GatherRowsArgs& args,
+                                       const Received& received,
+                                       std::int64_t position) {
+  if (!GoesBySource(args)) return WantedByEntry(args, received, position);
+  const auto topk = static_cast<std::int32_t>(args.num_topk);
+  const auto token = static_cast<std::int32_t>(position);
+  return {static_cast<std::int32_t>(blockIdx.x), token, token * topk, topk};
+}
+
+// The row of the i-th that wants a token, from the rank's first row on, or that there
+// is none.
+inline constexpr std::int64_t kNoRow = std::numeric_limits<std::int64_t>::min();
+__device__ inline std::int64_t RowOf(const GatherRowsArgs& args,
                                      const WantedToken& wanted, std::int32_t i) {
   if (i >= wanted.count) return kNoRow;
-  const std::int32_t row = args.recv_row[wanted.first + i];
-  return IsIndex(row, args.capacity) ? row : kNoRow;
+  if (!GoesBySource(args)) {
+    const std::int32_t row = args.recv_row[wanted.first + i];
+    return IsIndex(row, args.capacity) ? row : kNoRow;
+  }
+  if (!HasRow(args, wanted.first + i)) return kNoRow;
+  const std::int64_t ranks_on = args.send_rank[wanted.first + i] - wanted.rank;
+  return ranks_on * args.capacity + args.send_row[wanted.first + i];
 }
 
 // What that row is scaled by.
@@ -83,7 +118,8 @@ __device__ inline float WeightOf(const GatherRowsArgs& args, const WantedToken& 
                                  std::int32_t i) {
   if (i >= wanted.count) return 0;
   const auto topk = static_cast<std::int32_t>(args.num_topk);
-  const std::int32_t k = args.recv_choice[wanted.first + i] % topk;
+  const std::int32_t k =
+      GoesBySource(args) ? i : args.recv_choice[wanted.first + i] % topk;
   const auto* weights = static_cast<const float*>(args.weights[wanted.rank]);
   return LoadPeer(weights + wanted.token * args.num_topk + k);
 }
@@ -94,8 +130,15 @@ __host__ __device__ constexpr std::int64_t PiecesOf(std::int64_t units, int per_
   return (units + held - 1) / held;
 }
 
-// How a rank's warps share the entries of its receive list: in pieces of rows that are
-// so short that a warp holds one at once. Neighbouring warps have neighbouring pieces.
+// How many pieces a rank's warps share at most, of rows of so many units.
+inline std::int64_t NumPieces(const GatherRowsArgs& args, std::int64_t units,
+                              int per_lane) {
+  const std::int64_t tokens = GoesBySource(args) ? args.num_tokens : 0;
+  return std::max(tokens, args.capacity) * PiecesOf(units, per_lane);
+}
+
+// How a rank's warps share positions: in pieces of rows that are so short that a warp
+// holds one at once. Neighbouring warps have neighbouring pieces.
 class Pieces {
  public:
   // Of rows of `units`, of which a lane holds `per_lane`.
@@ -104,12 +147,12 @@ class Pieces {
     per_row_ = static_cast<int>(PiecesOf(units, per_lane));
     piece_units_ = (steps + per_row_ - 1) / per_row_ * kWarpSize;
     const auto warp = static_cast<int>(WarpOfRank());
-    entry_ = warp / per_row_;
+    position_ = warp / per_row_;
     piece_ = warp % per_row_;
   }
 
-  // The entry whose turn it is.
-  __device__ std::int64_t entry() const { return entry_; }
+  // Whose turn it is.
+  __device__ std::int64_t position() const { return position_; }
   // Which units of its row: this lane's first, and how many are left from there on.
   __device__ int begin() const { return piece_ * piece_units_ + Lane(); }
   __device__ int left() const {
@@ -118,18 +161,18 @@ class Pieces {
 
   __device__ void Next() {
     const auto warps = static_cast<int>(WarpsOfRank());
-    entry_ += warps / per_row_;
+    position_ += warps / per_row_;
     piece_ += warps % per_row_;
     if (piece_ < per_row_) return;
     piece_ -= per_row_;
-    ++entry_;
+    ++position_;
   }
 
  private:
   int units_;
   int per_row_;
   int piece_units_;
-  std::int64_t entry_;
+  std::int64_t position_;
   int piece_;
 };
 

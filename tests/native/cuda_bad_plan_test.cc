@@ -41,6 +41,7 @@ struct Exchange {
                .capacity = 14,
                .alignment = 2},
               Routing::kUniform, rng),
+        stacked_x(DType::kF32, ranks.num_tokens() * kHidden),
         weights(DType::kF32, ranks.num_choices()),
         dout(DType::kF32, ranks.num_tokens() * kHidden) {
     weights.FillRandomly(rng);
@@ -53,6 +54,9 @@ struct Exchange {
       rows.back().FillRandomly(rng);
     }
     for (std::size_t i = 0; i < x.size(); ++i) {
+      for (std::int64_t j = 0; j < x[i].size(); ++j) {
+        stacked_x.Set(static_cast<std::int64_t>(i) * x[i].size() + j, x[i][j]);
+      }
       x_table.push_back(x[i].at(0));
       rows_table.push_back(rows[i].at(0));
       weights_table.push_back(
@@ -65,12 +69,13 @@ struct Exchange {
     return static_cast<std::size_t>(size);
   }
 
-  // The rows of all ranks. Returns an empty buffer if the kernel failed.
-  std::vector<char> Gather(bool scaled) const {
+  // The rows of all ranks, by the lists of those that receive or of those that send.
+  std::vector<char> Gather(bool scaled, bool by_source = false) const {
     const Geometry& geometry = ranks.geometry;
     const auto size = static_cast<std::size_t>(ranks.num_rows() * kRowBytes);
     std::vector<char> result(size + 2 * kGuard, kUntouched);
-    const GatherRowsArgs args = {.x = PeerTable(x_table.data()),
+    const PeerTable stacked(stacked_x.at(0), geometry.num_tokens * kRowBytes);
+    const GatherRowsArgs args = {.x = by_source ? stacked : PeerTable(x_table.data()),
                                  .weights = PeerTable(weights_table.data()),
                                  .recv_choice = ranks.recv_choice.data(),
                                  .recv_row = ranks.recv_row.data(),
@@ -87,7 +92,9 @@ struct Exchange {
                                  .row_bytes = kRowBytes,
                                  .dtype = DType::kF32,
                                  .scaled = scaled,
-                                 .zero_tail = true};
+                                 .zero_tail = true,
+                                 .send_rank = ranks.send_rank.data(),
+                                 .send_row = ranks.send_row.data()};
     EP_CHECK_RAN((scaled ? cuda::GatherScaled : cuda::GatherRows)(
         args, geometry.num_ranks, nullptr));
     return result;
@@ -128,6 +135,7 @@ struct Exchange {
   static constexpr std::size_t kGuard = 4 * kRowBytes;
 
   StackedRanks ranks;
+  Numbers stacked_x;  // the same as x
   Numbers weights;
   Numbers dout;
   std::vector<Numbers> x;
@@ -137,10 +145,10 @@ struct Exchange {
   std::vector<const void*> weights_table;
 };
 
-// Has the middle rank leave a row untouched.
-std::vector<char> WithoutRow(std::vector<char> result, std::int64_t capacity,
+// Leaves a row untouched of the rank that has so many rows before its own.
+std::vector<char> WithoutRow(std::vector<char> result, std::int64_t rows_before,
                              std::int32_t row) {
-  const std::int64_t start = (capacity + row) * kRowBytes;
+  const std::int64_t start = (rows_before + row) * kRowBytes;
   std::fill_n(result.begin() + Exchange::kGuard + start, kRowBytes, kUntouched);
   return result;
 }
@@ -220,6 +228,35 @@ EP_TEST(EntriesWithoutChoicesAreLeftOut) {
       const auto begin = got.begin() + Exchange::kGuard;
       EP_CHECK(std::all_of(begin, got.end() - Exchange::kGuard,
                            [](char c) { return c == '\0'; }));
+    }
+  }
+}
+
+// The same where all ranks' rows are filled by what each sends.
+EP_TEST(ChoicesOutOfRangeAreNotSent) {
+  std::mt19937_64 rng(5);
+  Exchange exchange(rng);
+  StackedRanks& ranks = exchange.ranks;
+  const std::int64_t capacity = ranks.geometry.capacity;
+  const std::int64_t own = ranks.geometry.choices_per_rank();
+  for (const bool scaled : {false, true}) {
+    const std::vector<char> good = exchange.Gather(scaled, true);
+    EP_CHECK(good == exchange.Gather(scaled));
+    for (std::size_t i = Exchange::Middle(own); i < Exchange::Middle(2 * own); ++i) {
+      if (ranks.send_row[i] == kDropped) continue;
+      const std::int64_t row = ranks.send_rank[i] * capacity + ranks.send_row[i];
+      const std::vector<char> wanted =
+          WithoutRow(good, 0, static_cast<std::int32_t>(row));
+      const auto check = [&](Numbers32& field, const char* name, std::int64_t size) {
+        for (const auto value : NumbersOutside(size)) {
+          const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value));
+          const std::int32_t kept = std::exchange(field[i], value);
+          EP_CHECK(exchange.Gather(scaled, true) == wanted);
+          field[i] = kept;
+        }
+      };
+      check(ranks.send_row, "send_row", capacity);
+      check(ranks.send_rank, "send_rank", ranks.geometry.num_ranks);
     }
   }
 }

@@ -38,7 +38,15 @@ GatherRowsArgs Arguments(const StackedRanks& ranks, bool zero_tail) {
           .row_bytes = 0,
           .dtype = DType::kF32,
           .scaled = false,
-          .zero_tail = zero_tail};
+          .zero_tail = zero_tail,
+          .send_rank = ranks.send_rank.data(),
+          .send_row = ranks.send_row.data()};
+}
+
+// Has the kernels go by the receive lists, whatever else they are given.
+void TakeSendLists(GatherRowsArgs& args) {
+  args.send_rank = nullptr;
+  args.send_row = nullptr;
 }
 
 // What the CPU's kernel makes of `rows`.
@@ -67,6 +75,7 @@ void CheckCopies(const StackedRanks& ranks, std::int64_t row_bytes, bool zero_ta
   args.x = peers.table();
   args.row_bytes = row_bytes;
   args.rows = rows.data();
+  if (rng() % 4 == 0) TakeSendLists(args);
   if (!EP_CHECK_RAN(cuda::GatherRows(args, ranks.geometry.num_ranks, nullptr))) return;
   GatherOnCpu(args, wanted, rng);
   for (std::int64_t row = 0; row < ranks.num_rows() && row_bytes > 0; ++row) {
@@ -106,6 +115,7 @@ void CheckScaled(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
   args.row_bytes = row_bytes;
   args.dtype = dtype;
   args.scaled = true;
+  if (rng() % 4 == 0) TakeSendLists(args);
   if (!EP_CHECK_RAN(cuda::GatherScaled(args, num_ranks, nullptr))) return;
   GatherOnCpu(args, wanted, rng);
   CheckSameNumbers(dtype, rows.data(), wanted.data(), ranks.num_rows() * hidden,
