@@ -13,48 +13,44 @@
 
 namespace jax_ep::cuda {
 
-// As many elements as a lane loads at once: 16 bytes of them, or one where rows do not
-// consist of such.
+// Neighbouring elements that a lane loads at once.
 template <typename E, int count>
-struct Elements {
+struct alignas(count * sizeof(typename E::Storage)) Elements {
   typename E::Storage at[count];
 };
 
+// As many as are 16 bytes.
 template <typename E>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(typename E::Storage));
+
+// What as many bytes are stored as.
+template <typename E, int count>
+using UnitOf = std::conditional_t<
+    count == 1, typename E::Storage,
+    std::conditional_t<sizeof(Elements<E, count>) == 4, std::uint32_t, uint4>>;
 
 template <typename E, int count>
 __device__ inline Elements<E, count> LoadElements(const void* row, std::int64_t first) {
   const auto* p = static_cast<const typename E::Storage*>(row) + first;
-  Elements<E, count> elements;
-  if constexpr (count == 1) {
-    elements.at[0] = LoadPeer(p);
-  } else {
-    static_assert(sizeof(elements) == sizeof(uint4));
-    const uint4 v = LoadPeer(reinterpret_cast<const uint4*>(p));
-    __builtin_memcpy(&elements, &v, sizeof(v));
-  }
-  return elements;
+  return LoadPeer(reinterpret_cast<const Elements<E, count>*>(p));
 }
 
-// Calls store(address, value) with the elements as the largest unit that they fill.
+// Calls store(address, value) with the elements as one unit.
 template <typename E, int count, typename Store>
 __device__ inline void StoreBy(void* row, std::int64_t first,
                                const Elements<E, count>& elements, Store store) {
-  auto* p = static_cast<typename E::Storage*>(row) + first;
-  if constexpr (count == 1) {
-    store(p, elements.at[0]);
-  } else {
-    uint4 v;
-    __builtin_memcpy(&v, &elements, sizeof(v));
-    store(reinterpret_cast<uint4*>(p), v);
-  }
+  UnitOf<E, count> unit;
+  static_assert(sizeof(unit) == sizeof(elements));
+  __builtin_memcpy(&unit, &elements, sizeof(unit));
+  store(reinterpret_cast<UnitOf<E, count>*>(static_cast<typename E::Storage*>(row) +
+                                            first),
+        unit);
 }
 
 template <typename E, int count>
 __device__ inline void StoreElements(void* row, std::int64_t first,
                                      const Elements<E, count>& elements) {
-  StoreBy<E, count>(row, first, elements, [](auto* p, const auto& v) { *p = v; });
+  StoreBy<E, count>(row, first, elements, [](auto* p, const auto& unit) { *p = unit; });
 }
 
 // As StoreToRow.
@@ -62,7 +58,7 @@ template <typename E, int count>
 __device__ inline void StoreElementsToRow(void* row, std::int64_t first,
                                           const Elements<E, count>& elements) {
   StoreBy<E, count>(row, first, elements,
-                    [](auto* p, const auto& v) { StoreToRow(p, v); });
+                    [](auto* p, const auto& unit) { StoreToRow(p, unit); });
 }
 
 // What E's functions of these names do, by the GPU's own instructions where it has any.

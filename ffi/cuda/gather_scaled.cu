@@ -42,8 +42,8 @@ __device__ void ScalePiece(const GatherRowsArgs& args, const WantedToken& wanted
   Elements<E, count> held[kLoadsInFlight];
 #pragma unroll
   for (int j = 0; j < kLoadsInFlight; ++j) {
-    if (j * kWarpSize >= left) break;
-    held[j] = LoadElements<E, count>(token, (pieces.begin() + j * kWarpSize) * count);
+    const int at = (pieces.begin() + j * kWarpSize) * count;
+    if (j * kWarpSize < left) held[j] = LoadElements<E, count>(token, at);
   }
   for (int first = 0; first < wanted.count; first += kWarpSize) {
     const std::int64_t own = RowOf(args, wanted, first + Lane());
@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
     if (wanted.count == 0) continue;
     ScalePiece<E, count>(args, wanted, pieces);
   }
-  using Unit = std::conditional_t<count == 1, typename E::Storage, uint4>;
-  ZeroUnfilled<Unit>(args, received.rows);
+  ZeroUnfilled<UnitOf<E, count>>(args, received.rows);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 
 #include "cuda/peers.h"
 
@@ -20,6 +21,9 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kWarps = 8;  // of a block, unless a kernel says otherwise
 inline constexpr int kThreads = kWarps * kWarpSize;
 inline constexpr int kMaxThreads = 1024;  // of a block, on every GPU
+
+// Within a row kernels count in 32 bits.
+inline constexpr std::int64_t kMaxRowBytes = std::numeric_limits<std::int32_t>::max();
 
 // The parameters of a kernel that has one.
 template <typename Params>

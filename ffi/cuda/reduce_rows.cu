@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
                        cudaStream_t stream) {
   if (args.num_topk > kMaxTopk) return cudaErrorInvalidValue;
+  if (args.hidden * ByteWidth(args.dtype) > kMaxRowBytes) return cudaErrorInvalidValue;
   if (args.hidden == 0) return cudaSuccess;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
     const std::int64_t loads = args.hidden / count();

@@ -13,9 +13,6 @@
 
 namespace jax_ep::cuda {
 
-// Within a row places are counted in 32 bits.
-inline constexpr std::int64_t kMaxRowBytes = std::numeric_limits<std::int32_t>::max();
-
 // How much of one rank's receive list and rows is in use: at most what there is.
 struct Received {
   std::int64_t entries;

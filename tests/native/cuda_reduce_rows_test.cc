@@ -128,6 +128,13 @@ EP_TEST(RefusesMoreChoicesThanItHasRoomFor) {
               cudaErrorInvalidValue);
 }
 
+EP_TEST(RefusesRowsOfTooManyBytes) {
+  ReduceRowsArgs args = {};
+  args.hidden = std::int64_t{1} << 30;
+  args.dtype = DType::kBF16;
+  EP_CHECK_EQ(cuda::ReduceRows(args, 1, nullptr), cudaErrorInvalidValue);
+}
+
 EP_TEST(SumsOfNoTokens) {
   std::mt19937_64 rng(5);
   CheckAllRoutings({.num_ranks = 2, .num_tokens = 0, .num_topk = 2}, DType::kF32, 8,

@@ -76,6 +76,31 @@ EP_TEST(DotsOfKeptChoicesAndZerosOfDropped) {
   }
 }
 
+// As many choices as a warp multiplies together, fewer, and more; rows of several
+// steps.
+EP_TEST(DotsOfAnyNumberOfChoices) {
+  std::mt19937_64 rng(3);
+  for (const DType dtype : kAllDTypes) {
+    for (const std::int64_t topk : {1, 3, 5, 8, 70}) {
+      const StackedRanks ranks({.num_ranks = 2,
+                                .num_local_experts = 2,
+                                .num_tokens = 7,
+                                .num_topk = topk,
+                                .capacity = 6 * topk},
+                               Routing::kHoles, rng);
+      CheckDots(ranks, dtype, 258, rng);
+      CheckDots(ranks, dtype, 771, rng);
+    }
+  }
+}
+
+EP_TEST(RefusesRowsOfTooManyBytes) {
+  RowDotsArgs args = {};
+  args.hidden = std::int64_t{1} << 30;
+  args.dtype = DType::kBF16;
+  EP_CHECK_EQ(cuda::RowDots(args, 1, nullptr), cudaErrorInvalidValue);
+}
+
 EP_TEST(DotsOfNoTokens) {
   std::mt19937_64 rng(2);
   const StackedRanks ranks({.num_ranks = 2, .num_tokens = 0, .num_topk = 2},
