@@ -16,9 +16,6 @@ namespace cpu {
 class PlanFault;
 }
 
-// In place of a token: there is none.
-inline constexpr std::int32_t kNoToken = -1;
-
 // One rank pulls the tokens of its received choices from their source ranks into its
 // rows: `dispatch`, and, scaled by the choices' weights, the gradient of `combine`.
 struct GatherRowsArgs {
@@ -61,11 +58,8 @@ struct GatherRowsArgs {
     return args;
   }
 
-  // The token that an entry of the receive list asks for, numbered through all ranks.
   EP_HOST_DEVICE std::int32_t TokenOf(std::int64_t entry) const {
-    const std::int32_t choice = recv_choice[entry];
-    if (!IsIndex(choice, num_ranks * num_tokens * num_topk)) return kNoToken;
-    return choice / static_cast<std::int32_t>(num_topk);
+    return jax_ep::TokenOf(*this, entry);
   }
 
   EP_HOST_DEVICE std::int64_t NumReceived() const {

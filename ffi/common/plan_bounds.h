@@ -27,6 +27,19 @@ EP_HOST_DEVICE bool HasRow(const Args& args, std::int64_t choice) {
          IsIndex(args.send_rank[choice], args.num_ranks);
 }
 
+// In place of a token: there is none.
+inline constexpr std::int32_t kNoToken = -1;
+
+// The token that an entry of a receive list asks for, numbered through all ranks.
+template <typename Args>
+EP_HOST_DEVICE std::int32_t TokenOf(const Args& args, std::int64_t entry) {
+  const std::int32_t choice = args.recv_choice[entry];
+  if (!IsIndex(choice, args.num_ranks * args.num_tokens * args.num_topk)) {
+    return kNoToken;
+  }
+  return choice / static_cast<std::int32_t>(args.num_topk);
+}
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_FFI_COMMON_PLAN_BOUNDS_H_

@@ -2,6 +2,7 @@
 set(cuda_kernels
   gather_rows.cu
   gather_scaled.cu
+  partial_sums.cu
   plan.cu
   plan_count_asked.cu
   plan_count_kept.cu

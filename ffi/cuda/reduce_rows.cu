@@ -13,7 +13,8 @@
 namespace jax_ep::cuda {
 namespace {
 
-using ArgsWithRows = WithPeers<ReduceRowsArgs, &ReduceRowsArgs::rows>;
+using ArgsWithRows =
+    WithPeers<ReduceRowsArgs, &ReduceRowsArgs::rows, &ReduceRowsArgs::partials>;
 
 constexpr int kLoadsInFlight = 4;
 
@@ -57,6 +58,38 @@ __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& ter
   }
   count = static_cast<int>(WarpSum(count));
   if (Lane() == 0) terms.count = count;
+}
+
+// Of a rank's several terms keeps one, the partial sum that it lends at the row of the
+// first. By one warp.
+__device__ void MergeTerms(const ReduceRowsArgs& args, Terms& terms) {
+  __syncwarp();
+  const int count = terms.count;
+  std::int32_t before = kDropped;  // the rank of the term before this warp's next ones
+  int merged = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < count; begin += kWarpSize) {
+    const int i = begin + Lane();
+    const std::int32_t rank = i < count ? terms.rank[i] : kDropped;
+    const bool has_more = i + 1 < count && terms.rank[i + 1] == rank;
+    const auto* row = i < count ? static_cast<const char*>(terms.row[i]) : nullptr;
+    const float weight = i < count ? terms.weight[i] : 0.0F;
+    std::int32_t previous = __shfl_up_sync(kAllLanes, rank, 1);
+    if (Lane() == 0) previous = before;
+    before = __shfl_sync(kAllLanes, rank, kWarpSize - 1);
+    const bool is_first = i < count && rank != previous;
+    const int end = merged + static_cast<int>(WarpScan(is_first ? 1 : 0));
+    __syncwarp();  // All have read what these places held; none is above i.
+    if (is_first) {
+      const auto* rows = static_cast<const char*>(args.rows[rank]);
+      const auto* partials = static_cast<const char*>(args.partials[rank]);
+      terms.row[end - 1] = has_more ? partials + (row - rows) : row;
+      terms.weight[end - 1] = has_more ? 1.0F : weight;
+      terms.rank[end - 1] = rank;
+    }
+    merged = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+  }
+  if (Lane() == 0) terms.count = merged;
 }
 
 // Adds up `count` elements of a token, from `first` on. Each rank's terms go into a
@@ -104,7 +137,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const ReduceRowsArgs args = first.OfStacked(blockIdx.x);
   __shared__ Terms terms;
   for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
-    if (WarpInBlock() == 0) ListTerms(args, t, terms);
+    if (WarpInBlock() == 0) {
+      ListTerms(args, t, terms);
+      if (args.of_partials) MergeTerms(args, terms);
+    }
     __syncthreads();
     char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);
     for (std::int64_t h = threadIdx.x * count; h < args.hidden;

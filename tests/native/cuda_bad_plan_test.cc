@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <random>
 #include <string>
 #include <utility>
@@ -10,8 +11,10 @@
 #include "bad_plan.h"
 #include "check.h"
 #include "common/dropped.h"
+#include "common/plan_bounds.h"
 #include "cuda/gather_rows.h"
 #include "cuda/gather_scaled.h"
+#include "cuda/partial_sums.h"
 #include "cuda/reduce_rows.h"
 #include "cuda/row_dots.h"
 #include "cuda_launches.h"
@@ -100,6 +103,34 @@ struct Exchange {
     return result;
   }
 
+  // The partial sums of all ranks' rows.
+  std::vector<char> SumPartials() const {
+    const Geometry& geometry = ranks.geometry;
+    const auto size = static_cast<std::size_t>(ranks.num_rows() * kRowBytes);
+    // One behind the other, as the kernel knows only its own rank's.
+    std::vector<char> own(size);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      std::memcpy(own.data() + i * size / rows.size(), rows[i].at(0),
+                  size / rows.size());
+    }
+    std::vector<char> result(size + 2 * kGuard, kUntouched);
+    EP_CHECK_RAN(cuda::SumPartials({.rows = own.data(),
+                                    .weights = PeerTable(weights_table.data()),
+                                    .recv_choice = ranks.recv_choice.data(),
+                                    .recv_row = ranks.recv_row.data(),
+                                    .recv_counts = ranks.recv_counts.data(),
+                                    .partials = result.data() + kGuard,
+                                    .num_ranks = geometry.num_ranks,
+                                    .num_tokens = geometry.num_tokens,
+                                    .num_topk = geometry.num_topk,
+                                    .capacity = geometry.capacity,
+                                    .hidden = kHidden,
+                                    .dtype = DType::kF32,
+                                    .weighted = true},
+                                   geometry.num_ranks, nullptr));
+    return result;
+  }
+
   // What ReduceRows or RowDots, which have these arguments in common, are given.
   template <typename Args>
   Args Common() const {
@@ -116,15 +147,19 @@ struct Exchange {
     return args;
   }
 
-  // The sums of all ranks' tokens, and behind them the products of their choices.
-  std::vector<char> Pull() const {
+  // The sums of all ranks' tokens, and behind them the products of their choices; or
+  // the sums alone, in which ranks' rows pass for partial sums.
+  std::vector<char> Pull(bool of_partials) const {
     const auto sums = static_cast<std::size_t>(ranks.num_tokens() * kRowBytes);
     const auto dots = static_cast<std::size_t>(ranks.num_choices()) * sizeof(float);
     std::vector<char> result(sums + dots, kUntouched);
     auto reduce = Common<ReduceRowsArgs>();
     reduce.weights = static_cast<const float*>(weights.at(0));
     reduce.out = result.data();
+    reduce.of_partials = of_partials;
+    reduce.partials = reduce.rows;
     EP_CHECK_RAN(cuda::ReduceRows(reduce, ranks.geometry.num_ranks, nullptr));
+    if (of_partials) return result;
     auto multiply = Common<RowDotsArgs>();
     multiply.dout = dout.at(0);
     multiply.dots = reinterpret_cast<float*>(result.data() + sums);
@@ -261,6 +296,81 @@ EP_TEST(ChoicesOutOfRangeAreNotSent) {
   }
 }
 
+// What a rank's partial sums are by what its entries say: those that follow each other
+// and are of one token are added up, at the row of the first that has one.
+void AddPartials(const Exchange& exchange, std::size_t rank, std::vector<char>& sums) {
+  const StackedRanks& ranks = exchange.ranks;
+  const Geometry& geometry = ranks.geometry;
+  const auto num_ranks = static_cast<std::size_t>(geometry.num_ranks);
+  std::int64_t entries = 0;
+  for (std::size_t source = 0; source < num_ranks; ++source) {
+    entries += ranks.recv_counts[rank * num_ranks + source];
+  }
+  entries = std::clamp<std::int64_t>(entries, 0, geometry.capacity);
+  const auto own = static_cast<std::int64_t>(rank) * geometry.capacity;
+  const auto choice_of = [&](std::int64_t entry) {
+    return ranks.recv_choice[static_cast<std::size_t>(own + entry)];
+  };
+  for (std::int64_t end = 0, first = 0; first < entries; first = end) {
+    const auto token = [&](std::int64_t entry) {
+      const bool is_choice = IsIndex(choice_of(entry), ranks.num_choices());
+      return is_choice ? choice_of(entry) / geometry.num_topk : kNoToken;
+    };
+    for (end = first + 1; end < entries && token(end) == token(first);) ++end;
+    if (token(first) == kNoToken || end == first + 1) continue;
+    std::vector<Summand> summands;
+    for (std::int64_t entry = first; entry < end; ++entry) {
+      const auto row = ranks.recv_row[static_cast<std::size_t>(own + entry)];
+      if (!IsIndex(row, geometry.capacity)) continue;
+      const double weight = exchange.weights[choice_of(entry)];
+      summands.push_back({.rows = &exchange.rows[rank],
+                          .start = row * kHidden,
+                          .weight = static_cast<float>(weight),
+                          .rank = 0});
+    }
+    for (std::int64_t h = 0; h < kHidden && !summands.empty(); ++h) {
+      StoreNumber(DType::kF32, sums.data() + Exchange::kGuard,
+                  own * kHidden + summands[0].start + h,
+                  ReferenceSum(DType::kF32, summands, h));
+    }
+  }
+}
+
+EP_TEST(PartialSumsAreOfWhatIsThere) {
+  std::mt19937_64 rng(5);
+  Exchange exchange(rng);
+  StackedRanks& ranks = exchange.ranks;
+  const Geometry& geometry = ranks.geometry;
+  // Two numbers at once, too: equal neighbours are one token's, if they are choices.
+  const auto check = [&](Numbers32& field, const char* name, std::int64_t size,
+                         const Numbers32& values) {
+    for (std::int64_t i = size; i < 2 * size; ++i) {
+      for (const auto value : values) {
+        for (const std::int64_t count : {1, 2}) {
+          const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value) +
+                           ", " + Show(count) + " times");
+          const Numbers32 kept = field;
+          std::fill_n(field.begin() + i, count, value);
+          const std::vector<char> got = exchange.SumPartials();
+          std::vector<char> wanted(got.size(), kUntouched);
+          for (std::size_t rank = 0; rank < exchange.rows.size(); ++rank) {
+            AddPartials(exchange, rank, wanted);
+          }
+          EP_CHECK(got == wanted);
+          field = kept;
+        }
+      }
+    }
+  };
+  Numbers32 choices = NumbersOutside(ranks.num_choices());
+  for (std::int32_t i = 0; i < ranks.num_choices(); ++i) choices.push_back(i);
+  check(ranks.recv_choice, "recv_choice", geometry.capacity, choices);
+  check(ranks.recv_row, "recv_row", geometry.capacity,
+        NumbersOutside(geometry.capacity));
+  check(ranks.recv_counts, "recv_counts", geometry.num_ranks,
+        NumbersOutside(geometry.capacity));
+}
+
 // A choice whose row or rank is out of range counts as dropped.
 EP_TEST(ChoicesOutOfRangeAreLeftOut) {
   std::mt19937_64 rng(4);
@@ -269,12 +379,14 @@ EP_TEST(ChoicesOutOfRangeAreLeftOut) {
   const std::int64_t own = ranks.geometry.choices_per_rank();
   for (std::size_t i = Exchange::Middle(own); i < Exchange::Middle(2 * own); ++i) {
     const std::int32_t row = std::exchange(ranks.send_row[i], kDropped);
-    const std::vector<char> wanted = exchange.Pull();
+    const std::vector<char> wanted = exchange.Pull(false);
+    const std::vector<char> of_partials = exchange.Pull(true);
     const auto check = [&](Numbers32& field, const char* name, std::int64_t size) {
       for (const auto value : NumbersOutside(size)) {
         const Case which(std::string(name) + "[" + Show(i) + "] = " + Show(value));
         const std::int32_t kept = std::exchange(field[i], value);
-        EP_CHECK(exchange.Pull() == wanted);
+        EP_CHECK(exchange.Pull(false) == wanted);
+        EP_CHECK(exchange.Pull(true) == of_partials);
         field[i] = kept;
       }
     };

@@ -1,0 +1,114 @@
+// Adds up a token's rows on the GPU that holds them.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/dropped.h"
+#include "common/plan_bounds.h"
+#include "cuda/device.h"
+#include "cuda/elements.h"
+#include "cuda/partial_sums.h"
+#include "cuda/peers.h"
+
+namespace jax_ep::cuda {
+namespace {
+
+using ArgsWithWeights = WithPeers<PartialSumsArgs, &PartialSumsArgs::weights>;
+
+// Of a row at once, by each thread. More would take more registers, and so leave fewer
+// warps that load.
+constexpr int kLoadsInFlight = 2;
+
+// The weight of an entry that has a token.
+__device__ float WeightOf(const PartialSumsArgs& args, std::int64_t entry) {
+  if (!args.weighted) return 1.0F;
+  const std::int64_t choices = args.num_tokens * args.num_topk;
+  const std::int32_t choice = args.recv_choice[entry];
+  const auto of_source = choice % static_cast<std::int32_t>(choices);
+  const auto source = choice / static_cast<std::int32_t>(choices);
+  return LoadPeer(static_cast<const float*>(args.weights[source]) + of_source);
+}
+
+// Adds up the rows of entries [first, end), which are one token's, by the threads of a
+// block that share the elements. In ascending k, as the receive list is.
+template <typename E, int count>
+__device__ void SumEntries(const PartialSumsArgs& args, std::int64_t first,
+                           std::int64_t end) {
+  using Sum = typename E::Sum;
+  const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
+  const std::int64_t step = blockDim.x * count;
+  for (std::int64_t begin = threadIdx.x * count; begin < args.hidden;
+       begin += kLoadsInFlight * step) {
+    Sum sums[kLoadsInFlight][count] = {};
+    std::int32_t to = kDropped;
+#pragma unroll 1
+    for (std::int64_t entry = first; entry < end; ++entry) {
+      const std::int32_t row = args.recv_row[entry];
+      if (!IsIndex(row, args.capacity)) continue;
+      if (to == kDropped) to = row;
+      const auto weight = static_cast<Sum>(WeightOf(args, entry));
+      const char* from = static_cast<const char*>(args.rows) + row * row_bytes;
+      Elements<E, count> held[kLoadsInFlight];
+#pragma unroll
+      for (int j = 0; j < kLoadsInFlight; ++j) {
+        const std::int64_t h = begin + j * step;
+        if (h < args.hidden) held[j] = LoadElements<E, count>(from, h);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoadsInFlight; ++j) {
+        if (begin + j * step >= args.hidden) break;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          sums[j][i] = Fma(weight, Load<E>(held[j].at[i]), sums[j][i]);
+        }
+      }
+    }
+    if (to == kDropped) return;
+    char* partial = static_cast<char*>(args.partials) + to * row_bytes;
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      const std::int64_t h = begin + j * step;
+      if (h >= args.hidden) break;
+      Elements<E, count> out;
+#pragma unroll
+      for (int i = 0; i < count; ++i) out.at[i] = Round<E>(sums[j][i]);
+      StoreElements<E, count>(partial, h, out);
+    }
+  }
+}
+
+// A rank's blocks share the receive list. Each takes entries that are the first of
+// several of their token; its threads wait nowhere for each other.
+template <typename E, int count>
+__global__ void __launch_bounds__(kThreads, 1)
+    SumPartialsKernel(const __grid_constant__ ArgsWithWeights first) {
+  const PartialSumsArgs args = first.OfStacked(blockIdx.x);
+  const std::int64_t entries = std::clamp<std::int64_t>(
+      WarpTotal(args.recv_counts, args.num_ranks), 0, args.capacity);
+  for (std::int64_t entry = blockIdx.y; entry + 1 < entries; entry += gridDim.y) {
+    const std::int32_t token = TokenOf(args, entry);
+    if (token == kNoToken || TokenOf(args, entry + 1) != token) continue;
+    if (entry > 0 && TokenOf(args, entry - 1) == token) continue;
+    std::int64_t end = entry + 2;
+    while (end < entries && TokenOf(args, end) == token) ++end;
+    SumEntries<E, count>(args, entry, end);
+  }
+}
+
+}  // namespace
+
+cudaError_t SumPartials(const PartialSumsArgs& args, std::int64_t num_stacked,
+                        cudaStream_t stream) {
+  if (args.hidden == 0) return cudaSuccess;
+  return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
+    const std::int64_t loads = args.hidden / count();
+    constexpr std::int64_t kLoadsOfWarp = kLoadsInFlight * kWarpSize;
+    const std::int64_t warps = (loads + kLoadsOfWarp - 1) / kLoadsOfWarp;
+    const int threads =
+        static_cast<int>(std::min<std::int64_t>(warps, kWarps)) * kWarpSize;
+    return LaunchStacked<SumPartialsKernel<decltype(e), count()>>(
+        args, num_stacked, args.capacity, 1, threads, stream);
+  });
+}
+
+}  // namespace jax_ep::cuda
