@@ -30,6 +30,8 @@ from implementations import DEFAULT_WAIT, NAMES, ROWS, Row, require  # noqa: E40
 import jax_ep  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# GPUs would multiply matrices of float32 in TF32, which is off by more than any tolerance here.
+jax.config.update("jax_default_matmul_precision", "highest")
 hypothesis.settings.register_profile(
     "jax_ep", deadline=None, derandomize=True, max_examples=20, database=None
 )

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/work/ieee.h"
 #include "fiber_context.h"
 
 thread_local uint3 threadIdx;
@@ -207,6 +208,8 @@ std::string Block::WhereThreadsAre() const {
 }  // namespace
 
 bool RunGrid(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  // GPUs keep denormals, which XLA has the CPU's threads flush.
+  const ScopedIeee ieee;
   gridDim = grid;
   blockDim = block;
   std::vector<unsigned> blocks(std::size_t{grid.x} * grid.y);
