@@ -152,6 +152,7 @@ def other_plan_on(rank: int, topk_idx: jax.Array) -> jax_ep.Plan:
     return jax.tree.map(lambda a, b: jnp.where(here, b, a), plan, other)
 
 
+@compares_plans
 @pytest.mark.parametrize("op", [dispatch, combine])
 def test_ranks_with_different_plans(op) -> None:
     """They would read rows that are not theirs: an error, at once, and never wrong rows."""
@@ -168,6 +169,7 @@ def test_ranks_with_different_plans(op) -> None:
     works(problem)
 
 
+@compares_plans
 def test_gradients_of_ranks_with_different_plans() -> None:
     problem = Problem.of(4)
 

@@ -38,9 +38,12 @@ struct Fiber {
   LaneValues seen;  // what the lanes of the last collective brought
 };
 
+// As a rule a text is where its equal is.
+bool IsSameText(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool IsSame(const Collective& a, const Collective& b) {
-  return std::strcmp(a.name, b.name) == 0 && a.lanes == b.lanes &&
-         std::strcmp(a.where.file_name(), b.where.file_name()) == 0 &&
+  return IsSameText(a.name, b.name) && a.lanes == b.lanes &&
+         IsSameText(a.where.file_name(), b.where.file_name()) &&
          a.where.line() == b.where.line() && a.where.column() == b.where.column();
 }
 
