@@ -8,6 +8,7 @@ set(cuda_kernels
   plan_count_kept.cu
   plan_find_cutoffs.cu
   plan_lay_out.cu
+  plan_one_block.cu
   plan_place.cu
   probe.cu
   reduce_rows.cu

@@ -1,4 +1,5 @@
-// Runs the kernels of a plan, each from a plan_*.cu of its own, one after the other.
+// Runs the kernels of a plan, each from a plan_*.cu of its own, one after the other, or
+// the one that is all of them.
 
 #include <cstdint>
 
@@ -14,12 +15,14 @@ cudaError_t MakePlans(const PlanArgs& args, const PlanArrays& first,
                       cudaStream_t stream) {
   if (args.num_ranks > kMaxRanks) return cudaErrorInvalidValue;
   const PlanTables tables(args, first, ranks, workspace);
-  for (const auto kernel : {CountAsked, FindCutoffs, CountKept, LayOut, Place}) {
-    if (const cudaError_t error = kernel(tables, stream); error != cudaSuccess) {
-      return error;
-    }
-  }
-  return cudaSuccess;
+  if (FitsOneBlock(tables)) return MakeInOneBlock(tables, stream);
+  const auto run = [&](auto... kernels) {
+    cudaError_t error = cudaSuccess;
+    (void)((error = kernels(tables, stream), error == cudaSuccess) && ...);
+    return error;
+  };
+  return tables.MayOverflow() ? run(CountAsked, FindCutoffs, CountKept, LayOut, Place)
+                              : run(CountAsked, LayOut, Place);
 }
 
 }  // namespace jax_ep::cuda
