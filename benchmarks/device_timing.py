@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import timing
 
-_FLUSH = "flush alone"
+Steps: TypeAlias = Sequence[Callable[..., Any]]
+"""Calls one after the other. Each takes the arguments that the one before returned as a tuple."""
 
 
 class Flush:
@@ -29,38 +30,46 @@ class Flush:
 
 
 def compare(
-    calls: Mapping[str, timing.Contender], flush: Flush, *, batch: int, repeats: int
+    contenders: Mapping[str, Steps], flush: Flush, *, batch: int, repeats: int
 ) -> dict[str, timing.Times]:
-    """Times calls as the device does them one after the other, in one interleaved run.
+    """Times contenders as the device does them one after the other, in one interleaved run.
 
-    A run puts ``batch`` pairs of a flush and a call on the queue and waits for the last. The median
-    of the same without calls is subtracted, and with it the flushes and the waiting.
+    A run puts ``batch`` turns on the queue, in each of which a flush goes before every step, and
+    waits for the last. The median of the same flushes alone is subtracted, and with it the waiting.
 
     Args:
-      calls: each returns arrays that depend on all it does.
-      flush: runs before every call.
-      batch: calls in a run.
+      contenders: the steps of each; they return arrays that depend on all they do.
+      flush: runs before every step.
+      batch: turns in a run.
       repeats: runs of each.
 
     Returns:
-      The times of one call of each, one entry per run.
+      The times of one turn of each, one entry per run.
     """
-    batches = {name: _repeated(call, flush, batch) for name, call in calls.items()}
-    times = timing.compare({_FLUSH: _repeated(None, flush, batch), **batches}, repeats=repeats)
-    idle = times.pop(_FLUSH).median
+    lengths = sorted({len(steps) for steps in contenders.values()})
+    runs: dict[Any, Callable[[], Any]] = {
+        name: _repeated(steps, flush, batch) for name, steps in contenders.items()
+    }
+    runs |= {length: _repeated([lambda *_: ()] * length, flush, batch) for length in lengths}
+    times = timing.compare(runs, repeats=repeats)
+    alone = {length: times.pop(length).median for length in lengths}
     return {
-        name: timing.Times(tuple((seconds - idle) / batch for seconds in spent.seconds))
+        name: timing.Times(
+            tuple((seconds - alone[len(contenders[name])]) / batch for seconds in spent.seconds)
+        )
         for name, spent in times.items()
     }
 
 
-def _repeated(call: timing.Contender | None, flush: Flush, batch: int) -> Callable[[], Any]:
+def _repeated(steps: Steps, flush: Flush, batch: int) -> Callable[[], Any]:
     def run() -> Any:
-        flushed, result = None, None
+        flushed, result = None, ()
         for _ in range(batch):
-            flushed = flush()
-            # The queue keeps their order: what an earlier call returned may go.
-            result = call() if call else None
+            # The queue keeps their order: what an earlier turn returned may go.
+            result = ()
+            for step in steps:
+                flushed = flush()
+                result = step(*result)
         return flushed, result
 
     return run

@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import timing
-from checks import PLAN_FIELDS, Expected, assert_as_expected, fields_rows_and_sums
+from checks import PLAN_FIELDS, Expected, assert_as_expected, fields_rows_and_sums, oracle
+from device_timing import Steps
 from programs import AXIS, Implementation, Inputs, Tail, exchange, make_inputs, planner
 from shapes import Shape
 
 import jax_ep
 
 ROUTINGS = {"uniform": 0.0, "zipf": 0.65}
-TAILS: tuple[Tail, ...] = ("uninitialized", "zero")
-OURS, XLA, SORT = "native, tail uninitialized", "xla", "sort + segment_sum"
+OURS, ZERO_TAIL, XLA, SORT = "native", "native, tail zero", "xla", "sort + segment_sum"
+COLD = "native, L2 cold in between"
 # The oracle's loops are slow: it sees the same ranks and experts with fewer and shorter tokens.
 _ORACLE_TOKENS, _ORACLE_HIDDEN = 32, 136
+_VARIANTS: dict[str, tuple[Implementation, Tail]] = {
+    OURS: ("native", "uninitialized"),
+    ZERO_TAIL: ("native", "zero"),
+    XLA: ("xla", "zero"),
+}
 
 
 def stacked(per_rank: Callable[..., Any]) -> Any:
@@ -41,39 +46,95 @@ def sort_and_segment_sum(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Ar
     return sums.astype(x.dtype).reshape(x.shape)
 
 
-def draw_inputs(shape: Shape, routing: str) -> Inputs:
-    """Draws inputs as ``make_inputs`` does, but the tokens on the device."""
-    drawn = make_inputs(dataclasses.replace(shape, hidden=1), ROUTINGS[routing])
+def draw_tokens(shape: Shape) -> jax.Array:
+    """Draws the tokens of all ranks on the device."""
     size = (shape.num_ranks, shape.num_tokens, shape.hidden)
-    x = jax.jit(lambda: jax.random.normal(jax.random.key(0), size, shape.dtype))()
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), size, shape.dtype))()
+
+
+def draw_inputs(shape: Shape, routing: str, x: jax.Array) -> Inputs:
+    """Draws choices and weights as ``make_inputs`` does, for tokens that are there."""
+    drawn = make_inputs(dataclasses.replace(shape, hidden=1), ROUTINGS[routing])
     return Inputs(x, jnp.asarray(drawn.topk_idx), jnp.asarray(drawn.topk_weights))
 
 
-def moved_bytes(shape: Shape, topk_idx: np.ndarray, kept: np.ndarray) -> dict[str, int]:
-    """Counts the bytes that dispatch and combine of all ranks have to read and write."""
+class Moved(NamedTuple):
+    """The fewest bytes of rows that an op has to read and write, for all ranks together."""
+
+    strict: int
+    """On one device, which reads a token once for all of its rows."""
+
+    between: int
+    """Between devices: a token is read once for each rank that wants it."""
+
+
+def moved_bytes(shape: Shape, topk_idx: np.ndarray, kept: np.ndarray) -> dict[str, Moved]:
+    """Counts the bytes of each op; those of the plan's numbers are few, and left out."""
     dest = topk_idx // shape.num_local_experts
-    tokens_sent = sum(int(((dest == d) & kept).any(-1).sum()) for d in range(shape.num_ranks))
-    used, sums = int(kept.sum()), shape.num_ranks * shape.num_tokens
+    sent = sum(int(((dest == d) & kept).any(-1).sum()) for d in range(shape.num_ranks))
+    tokens, distinct, used = kept[..., 0].size, int(kept.any(-1).sum()), int(kept.sum())
+    row = shape.row_bytes
+    to_rows = Moved((distinct + used) * row, (sent + used) * row)
+    sums = Moved(*[(used + tokens) * row] * 2)
+    dots = Moved(*[(used + distinct) * row + 4 * kept.size] * 2)
     return {
-        "dispatch": (tokens_sent + used) * shape.row_bytes,
-        "combine": (used + sums) * shape.row_bytes,
+        "dispatch": to_rows,
+        "combine": sums,
+        "scaled rows": to_rows,
+        "row dots": dots,
+        "plain sums": sums,
     }
 
 
-def check_small(shape: Shape, routing: str) -> None:
-    """Compares all results with the oracle's, on fewer and shorter tokens.
+def _scaled_rows(dout: jax.Array, rows: jax.Array, plan: jax_ep.Plan, weights: jax.Array) -> Any:
+    return jax.vjp(lambda rows: jax_ep.combine(rows, plan, weights), rows)[1](dout)[0]
 
-    Raises:
-      AssertionError: a result is off.
-    """
-    tokens = min(shape.num_tokens, _ORACLE_TOKENS)
-    small = dataclasses.replace(shape, num_tokens=tokens, hidden=_ORACLE_HIDDEN)
-    inputs = make_inputs(small, ROUTINGS[routing])
-    expected = Expected(small, inputs)
-    variants: list[tuple[Implementation, Tail]] = [("native", tail) for tail in TAILS]
-    for implementation, tail in [*variants, ("xla", "zero")]:
-        program = stacked(fields_rows_and_sums(small, implementation, tail))
-        assert_as_expected(expected, implementation, tail, program(*inputs.as_tuple()))
+
+def _row_dots(dout: jax.Array, rows: jax.Array, plan: jax_ep.Plan, weights: jax.Array) -> Any:
+    return jax.vjp(lambda weights: jax_ep.combine(rows, plan, weights), weights)[1](dout)[0]
+
+
+def _plain_sums(drows: jax.Array, x: jax.Array, plan: jax_ep.Plan) -> Any:
+    return jax.vjp(lambda x: jax_ep.dispatch(x, plan), x)[1](drows)[0]
+
+
+class SmallPrograms:
+    """A shape's programs with fewer and shorter tokens, whose results the oracle knows."""
+
+    def __init__(self, shape: Shape) -> None:
+        tokens = min(shape.num_tokens, _ORACLE_TOKENS)
+        self.shape = dataclasses.replace(shape, num_tokens=tokens, hidden=_ORACLE_HIDDEN)
+        self.forward = {
+            name: stacked(fields_rows_and_sums(self.shape, *variant))
+            for name, variant in _VARIANTS.items()
+        }
+        self.backward = stacked(self._gradients)
+
+    def _gradients(self, x: jax.Array, topk_idx: jax.Array, weights: jax.Array) -> Any:
+        plan = planner(self.shape, "native", "zero")(topk_idx)
+        rows = jax_ep.dispatch(x, plan)
+        return (
+            _scaled_rows(x, rows, plan, weights),
+            _row_dots(x, rows, plan, weights),
+            _plain_sums(rows, x, plan),
+        )
+
+    def check(self, routing: str) -> None:
+        """Compares all results with the oracle's.
+
+        Raises:
+          AssertionError: a result is off.
+        """
+        inputs = make_inputs(self.shape, ROUTINGS[routing])
+        expected = Expected(self.shape, inputs)
+        for name, program in self.forward.items():
+            assert_as_expected(expected, *_VARIANTS[name], program(*inputs.as_tuple()))
+        scaled, dots, sums = map(np.asarray, self.backward(*inputs.as_tuple()))
+        plan, rows = expected.plan, expected.rows
+        want_scaled, want_dots = oracle.combine_grad(rows, plan, inputs.topk_weights, inputs.x)
+        np.testing.assert_array_equal(scaled, want_scaled, "scaled rows")
+        np.testing.assert_array_equal(sums, oracle.dispatch_grad(rows, plan), "plain sums")
+        np.testing.assert_allclose(dots, want_dots, rtol=1e-4, atol=1e-2, err_msg="row dots")
 
 
 class Programs:
@@ -81,76 +142,89 @@ class Programs:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.plans = {
-            f"native, tail {tail}": stacked(planner(shape, "native", tail)) for tail in TAILS
-        } | {XLA: stacked(planner(shape, "xla", "zero"))}
-        self.exchanges = {
-            f"native, tail {tail}": stacked(exchange(planner(shape, "native", tail)))
-            for tail in TAILS
-        } | {
-            XLA: stacked(exchange(planner(shape, "xla", "zero"))),
-            SORT: sort_and_segment_sum,
-        }
-        self.dispatch = stacked(jax_ep.dispatch)
-        self.combine = stacked(jax_ep.combine)
+        self.small = SmallPrograms(shape)
+        planners = {name: planner(shape, *variant) for name, variant in _VARIANTS.items()}
+        self.plans = {name: stacked(planners[name]) for name in (OURS, XLA)}
+        self.exchanges = {name: stacked(exchange(make)) for name, make in planners.items()}
+        self.exchanges[SORT] = sort_and_segment_sum
+        self.dispatch, self.combine = stacked(jax_ep.dispatch), stacked(jax_ep.combine)
+        self.scaled_rows, self.row_dots = stacked(_scaled_rows), stacked(_row_dots)
+        self.plain_sums = stacked(_plain_sums)
+        self.send = stacked(functools.partial(_send, planners[OURS]))
 
-    def check(self, inputs: Inputs) -> None:
-        """Compares implementations with each other, and sums with what they are sums of.
+    def check_ops(self, inputs: Inputs) -> None:
+        """Compares the results of ours with what they are sums and copies of.
 
         Raises:
           AssertionError: a result is off.
         """
-        plans = {name: make_plan(inputs.topk_idx) for name, make_plan in self.plans.items()}
-        want = plans[XLA]
-        want_rows = self.dispatch(inputs.x, want)
-        for name, plan in plans.items():
-            for field in PLAN_FIELDS:
-                np.testing.assert_array_equal(
-                    getattr(plan, field), getattr(want, field), f"{name}: {field}"
-                )
-            if name != XLA:
-                wrong = _num_wrong_rows(self.dispatch(inputs.x, plan), want_rows, want.group_sizes)
-                assert wrong == 0, f"{name}: {wrong} values of rows differ"
+        x, topk_idx, weights = inputs.as_tuple()
+        plan = self.plans[OURS](topk_idx)
+        rows = self.dispatch(x, plan)
+        ones = jnp.ones_like(weights)
+        for name, sums, factors in (
+            ("combine", self.combine(rows, plan, weights), weights),
+            ("plain sums", self.plain_sums(rows, x, plan), ones),
+            ("scaled rows", self.plain_sums(self._scaled(inputs, plan, rows), x, plan), weights),
+        ):
+            wrong = _num_wrong_sums(sums, (x, topk_idx, factors), plan.kept)
+            assert wrong == 0, f"{name}: {wrong} sums are off"
+        wrong = _num_wrong_dots(self.row_dots(x, rows, plan, weights), x, plan.kept)
+        assert wrong == 0, f"row dots: {wrong} are off"
+
+    def check_exchanges(self, inputs: Inputs) -> None:
+        """Compares plans and rows of ours with those of pure JAX, and all sums with their terms.
+
+        Raises:
+          AssertionError: a result is off.
+        """
+        plan, want = (self.plans[name](inputs.topk_idx) for name in (OURS, XLA))
+        for field in PLAN_FIELDS:
+            np.testing.assert_array_equal(getattr(plan, field), getattr(want, field), field)
+        rows = [self.dispatch(inputs.x, plan) for plan in (plan, want)]
+        wrong = _num_wrong_rows(*rows, want.group_sizes)
+        assert wrong == 0, f"{wrong} values of rows differ"
         everything = jnp.ones_like(want.kept)
         for name, program in self.exchanges.items():
             kept = everything if name == SORT else want.kept
             wrong = _num_wrong_sums(program(*inputs.as_tuple()), inputs.as_tuple(), kept)
             assert wrong == 0, f"{name}: {wrong} sums are off"
 
-    def calls(self, inputs: Inputs) -> dict[str, timing.Contender]:
-        """Returns what is to be timed: whole exchanges, and ours an op at a time."""
+    def whole(self, inputs: Inputs) -> dict[str, Steps]:
+        """Returns whole exchanges to time, each as one program, and ours as two."""
         x, topk_idx, weights = inputs.as_tuple()
-        calls: dict[str, timing.Contender] = {
-            name: functools.partial(program, x, topk_idx, weights)
+        calls: dict[str, Steps] = {
+            name: [functools.partial(program, x, topk_idx, weights)]
             for name, program in self.exchanges.items()
         }
-        for name in (f"native, tail {tail}" for tail in TAILS):
-            plan = self.plans[name](topk_idx)
-            rows = self.dispatch(x, plan)
-            calls[f"{name}: plan"] = functools.partial(self.plans[name], topk_idx)
-            calls[f"{name}: dispatch"] = functools.partial(self.dispatch, x, plan)
-            calls[f"{name}: combine"] = functools.partial(self.combine, rows, plan, weights)
-        return calls
+        # In a model the experts come in between, and what dispatch wrote is in no cache then.
+        send = functools.partial(self.send, x, topk_idx)
+        return calls | {COLD: [send, lambda rows, plan: self.combine(rows, plan, weights)]}
 
-    def print_memory(self, inputs: Inputs) -> None:
-        """Prints what compiled programs take besides their arguments, and what ours may take."""
-        shape = self.shape
-        plan = self.plans[OURS](inputs.topk_idx)
-        plan_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(plan))
-        out = shape.num_ranks * shape.num_tokens * shape.row_bytes
-        rows = shape.num_ranks * shape.capacity * shape.row_bytes
-        allowed = out + rows + plan_bytes + shape.num_ranks * out
-        table = []
-        for name, program in self.exchanges.items():
-            stats = program.lower(*inputs.as_tuple()).compile().memory_analysis()
-            record = {"temporary": stats.temp_size_in_bytes, "output": stats.output_size_in_bytes}
-            met = ("yes" if sum(record.values()) <= allowed else "NO") if name == OURS else "-"
-            table.append([name, *record.values(), met])
-            timing.print_json(
-                {**shape.as_json(), "bench": "gpu memory", "contender": name, **record}
-            )
-        goal = f"<= {allowed}"
-        timing.print_table("memory in bytes", ("program", "temporary", "output", goal), table)
+    def ops(self, inputs: Inputs) -> dict[str, Steps]:
+        """Returns ours to time an op at a time, forward and backward."""
+        x, topk_idx, weights = inputs.as_tuple()
+        plan = self.plans[OURS](topk_idx)
+        rows = self.dispatch(x, plan)
+        calls = {
+            "plan": functools.partial(self.plans[OURS], topk_idx),
+            "dispatch": functools.partial(self.dispatch, x, plan),
+            "combine": functools.partial(self.combine, rows, plan, weights),
+            "scaled rows": functools.partial(self.scaled_rows, x, rows, plan, weights),
+            "row dots": functools.partial(self.row_dots, x, rows, plan, weights),
+            "plain sums": functools.partial(self.plain_sums, rows, x, plan),
+        }
+        return {name: [call] for name, call in calls.items()}
+
+    def _scaled(self, inputs: Inputs, plan: jax_ep.Plan, rows: jax.Array) -> jax.Array:
+        return self.scaled_rows(inputs.x, rows, plan, inputs.topk_weights)
+
+
+def _send(
+    make_plan: Callable[[jax.Array], jax_ep.Plan], x: jax.Array, topk_idx: jax.Array
+) -> tuple[jax.Array, jax_ep.Plan]:
+    plan = make_plan(topk_idx)
+    return jax_ep.dispatch(x, plan), plan
 
 
 @jax.jit
@@ -167,3 +241,11 @@ def _num_wrong_sums(out: jax.Array, inputs: Any, kept: jax.Array) -> jax.Array:
     bound = 8 * float(jnp.finfo(out.dtype).eps) * jnp.abs(want)
     # Written this way round, a NaN is wrong.
     return jnp.sum(~(jnp.abs(out.astype(jnp.float32) - want) <= bound), dtype=jnp.int32)
+
+
+@jax.jit
+def _num_wrong_dots(dots: jax.Array, x: jax.Array, kept: jax.Array) -> jax.Array:
+    """Counts products of tokens with themselves that are off by a ten-thousandth."""
+    squares = jnp.sum(x.astype(jnp.float32) ** 2, axis=-1, keepdims=True)
+    want = jnp.where(kept, squares, 0)
+    return jnp.sum(~(jnp.abs(dots - want) <= 1e-4 * want), dtype=jnp.int32)

@@ -131,11 +131,13 @@ _GPU_NARROW = dataclasses.replace(
 )
 _GPU_DECODE = 128
 
+# The short ones first: a run that is cut off has them.
 GPU_SHAPES = {
     shape.name: shape
-    for wide in (_GPU_WIDE, _GPU_NARROW)
     for shape in (
-        wide,
-        dataclasses.replace(wide, name=f"{wide.name}-decode", num_tokens=_GPU_DECODE),
+        dataclasses.replace(_GPU_NARROW, name="narrow-decode", num_tokens=_GPU_DECODE),
+        dataclasses.replace(_GPU_WIDE, name="wide-decode", num_tokens=_GPU_DECODE),
+        _GPU_NARROW,
+        _GPU_WIDE,
     )
 }

@@ -35,11 +35,12 @@ def test_a_token_counts_once_for_each_rank_that_keeps_it(programs, shapes):
     # Rank 0 sends token 0 to rank 0 twice and token 1 to both; rank 1 keeps one choice of four.
     topk_idx = np.array([[[0, 1], [1, 2]], [[3, 2], [0, 3]]])
     kept = np.array([[[True, True], [True, True]], [[True, False], [False, False]]])
-    tokens_read, rows, sums = 4, 5, 4
-    assert programs.moved_bytes(shape, topk_idx, kept) == {
-        "dispatch": (tokens_read + rows) * 32,
-        "combine": (rows + sums) * 32,
-    }
+    read_by_ranks, distinct, rows, tokens, choices = 4, 3, 5, 4, 8
+    moved = programs.moved_bytes(shape, topk_idx, kept)
+    assert moved["dispatch"] == ((distinct + rows) * 32, (read_by_ranks + rows) * 32)
+    assert moved["scaled rows"] == moved["dispatch"]
+    assert moved["combine"] == moved["plain sums"] == ((rows + tokens) * 32,) * 2
+    assert moved["row dots"] == ((rows + distinct) * 32 + choices * 4,) * 2
 
 
 def test_the_pure_jax_rival_adds_up_every_choice(programs):
@@ -49,6 +50,15 @@ def test_the_pure_jax_rival_adds_up_every_choice(programs):
     weights = rng.random((2, 3, 2), np.float32)
     out = programs.sort_and_segment_sum(x, topk_idx, weights)
     np.testing.assert_allclose(out, x * weights.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def test_wrong_dots_are_found(programs):
+    x = np.full((1, 2, 4), 2, np.float32)
+    kept = np.array([[[True, False], [True, True]]])
+    right = np.where(kept, np.float32(16), 0)
+    assert programs._num_wrong_dots(right, x, kept) == 0
+    assert programs._num_wrong_dots(right + np.float32([0, 0.1]), x, kept) == 2
+    assert programs._num_wrong_dots(right * np.nan, x, kept) == 4
 
 
 def test_wrong_sums_and_rows_are_found(programs):
@@ -67,7 +77,8 @@ def test_wrong_sums_and_rows_are_found(programs):
 @pytest.mark.once
 def test_it_runs_and_records_every_contender():
     require("native")
-    command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), "--quick"]
+    shapes = ["--shapes=wide-decode", "--shapes=wide"]
+    command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), "--quick", *shapes]
     path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
     run = subprocess.run(
         command,
@@ -80,9 +91,17 @@ def test_it_runs_and_records_every_contender():
     assert run.returncode == 0, run.stderr
     environment, *records = map(json.loads, filter(lambda s: s[:1] == "{", run.stdout.split("\n")))
     assert {"commit", "jax", "device", "driver"} <= environment.keys()
-    ours = [f"native, tail {tail}" for tail in ("uninitialized", "zero")]
-    ops = [f"{name}: {op}" for name in ours for op in ("plan", "dispatch", "combine")]
+    whole = ["native", "native, tail zero", "native, L2 cold in between", "xla"]
+    ops = ["plan", "dispatch", "combine", "scaled rows", "row dots", "plain sums"]
     for routing in ("uniform", "zipf"):
-        timed = [r["contender"] for r in records if r.get("routing") == routing]
-        assert sorted(timed) == sorted([*ours, "xla", "sort + segment_sum", *ops])
-    assert {r["goal"] for r in records if "goal" in r} >= {"dispatch, of the copy", "xla / ours"}
+        timed = [
+            r["contender"]
+            for r in records
+            if (r.get("shape"), r.get("routing")) == ("wide", routing)
+        ]
+        assert sorted(timed) == sorted([*whole, "sort + segment_sum", *ops])
+    half = [r["contender"] for r in records if r.get("shape") == "wide-float16"]
+    assert half == ops
+    reached = {(r["shape"], r["goal"]) for r in records if "goal" in r}
+    assert ("wide", "row dots, of the copy, strict bytes") in reached
+    assert ("wide-decode", "plan + dispatch + combine, us: native, L2 cold in between") in reached

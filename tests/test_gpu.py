@@ -13,9 +13,11 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from exchanges import same_numbers
+import strategies
+from exchanges import Answers, expected_fields, same_numbers
 from implementations import ROWS, VMAP, Row
 from layers import SHAPE, Problem, close
+from strategies import Shape
 
 import jax_ep
 
@@ -23,6 +25,14 @@ import jax_ep
 REPLAYS, EMULATED_REPLAYS = 1000, 20
 STACKED = [row for row in ROWS if row.implementation == "native" and row.fabric is VMAP]
 EVERY_16_BITS = np.arange(2**16, dtype=np.uint16).reshape(1, 256, 256)
+
+
+# Rows of each unit that kernels copy, more tokens than a warp plans at a time, choices that are
+# dropped, and padding. A sanitizer is to look at all kernels while they run on these.
+AWKWARD = [
+    Shape(num_tokens=70, hidden=hidden, num_experts=16, capacity=120, alignment=4, tail=tail)
+    for hidden, tail in ((1, "zero"), (3, "uninitialized"), (8, "uninitialized"), (136, "zero"))
+]
 
 
 @pytest.fixture(params=STACKED, ids=str)
@@ -103,6 +113,22 @@ def test_ranks_on_the_second_device(stacked_row: Row) -> None:
     got = program(*jax.device_put(args, jax.devices()[1]))
     assert got.devices() == {jax.devices()[1]}
     same_numbers(np.asarray(got), want, "device 1")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("shape", AWKWARD, ids=lambda shape: f"width_{shape.hidden}")
+def test_awkward_shapes(stacked_row: Row, shape: Shape, dtype: type) -> None:
+    """Forward and backward, in one program each."""
+    result = Answers.of(stacked_row, shape, strategies.duplicates(shape), dtype)
+    assert not result.plan.kept.all()
+    for name in expected_fields(result.plan):
+        result.same(name)
+    for name in ("sent", "drows", "plain_drows"):
+        result.same_rows(name)
+    result.same_sum("dx", result.inputs.drows)
+    result.same_sum("out", result.inputs.rows, result.inputs.weights)
+    result.same_sum("plain", result.inputs.rows)
+    result.close_dots()
 
 
 def check_numbers(row: Row, rows: np.ndarray, weights: np.ndarray) -> None:
