@@ -19,7 +19,7 @@ clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $
   > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test protocol cuda bench clean
+.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test protocol cuda bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -58,6 +58,17 @@ format: $(TOOLS) ## rewrite sources in the project's style
 	$(CXX_FILES) | xargs $(BIN)/clang-format -i
 
 native-test: build/native-plain build/native-address build/native-thread ## run the C++ tests, plain and under sanitizers
+
+# The handlers and kernels for GPUs, as foreign calls of XLA:CPU.
+EMULATED_TESTS ?= tests
+
+emulated-test: build/emulated $(PACKAGE) ## run the tests on emulated GPUs (20 minutes; EMULATED_TESTS= chooses)
+	JAX_EP_EMULATED_GPUS=$(abspath build/emulated/native_tests/libjax_ep_cuda_emulated.so) JAX_EP_REQUIRE_NATIVE=1 \
+	  $(RUN) -m pytest $(EMULATED_TESTS) -m 'not xla' $(PYTEST_ARGS)
+
+build/emulated: FORCE $(PACKAGE) $(TOOLS)
+	$(CONFIGURE) -B $@ -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON
+	$(BIN)/cmake --build $@ --target jax_ep_cuda_emulated
 
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
 	docs/protocol/check build/protocol

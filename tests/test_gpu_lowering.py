@@ -24,8 +24,12 @@ class Library:
         return 3
 
     @staticmethod
+    def jax_ep_max_peers() -> int:
+        return 4
+
+    @staticmethod
     def jax_ep_plan_workspace(*geometry: int) -> int:
-        assert geometry in {(4, T, K, E), (1, T, K, E)}
+        assert geometry in {(4, T, K, E), (1, T, K, E), (8, T, K, E)}
         return WORKSPACE
 
 
@@ -34,6 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "trace_platform", lambda: "gpu")
     monkeypatch.setattr(_fabrics, "library", lambda _: Library)
     monkeypatch.setattr(_fabrics, "platform_problem", lambda _: None)
+    monkeypatch.setattr(_fabrics, "gpu_peers_problem", lambda: None)
     monkeypatch.setattr(_native, "platform_problem", lambda _: None)
     monkeypatch.setattr(_native, "register_handlers", lambda _: None)
 
@@ -119,9 +124,25 @@ def test_a_mesh_axis_of_one_rank() -> None:
     assert "jax_ep_plan_stacked" in text
 
 
-def test_several_gpus_are_not_served_yet() -> None:
+def test_several_gpus() -> None:
+    chosen, text = over_mesh(4)
+    assert set(chosen) == {"native"}
+    assert "jax_ep_plan_devices" in text
+    # Peers lend each other what they need: XLA carries nothing.
+    assert "all_gather" not in text
+
+
+def test_more_gpus_than_there_is_room_for() -> None:
+    assert set(over_mesh(8)[0]) == {"xla"}
+    with pytest.raises(NotImplementedError, match="devices: it has room for 4 ranks, .* are 8"):
+        over_mesh(8, "native")
+
+
+def test_gpus_that_cannot_read_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = "GPU 1 cannot read the memory of GPU 0 of this process"
+    monkeypatch.setattr(_fabrics, "gpu_peers_problem", lambda: problem)
     assert set(over_mesh(4)[0]) == {"xla"}
-    with pytest.raises(NotImplementedError, match="these are 4 GPUs"):
+    with pytest.raises(NotImplementedError, match=f"devices: {problem}"):
         over_mesh(4, "native")
 
 

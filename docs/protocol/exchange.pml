@@ -15,7 +15,8 @@
  * Mistakes to find, by -D:
  *   RELAXED=<flag>  this flag's store or loads do not order what is around them
  *   HALVES=1        a half is reused one call early; right again with REUSE=1, which waits for it
- *   NO_LEADER       each process takes the call that came first there
+ *   NO_LEADER       each process takes the call that came first there; right again with ORDERED,
+ *                   where calls come together in one order in all processes by themselves
  *   UNBOUNDED       no wait expires
  *   SILENT          a process that gives up does not say so
  *   HIDDEN          one that gives up before it has shown its words says so in words nobody finds
@@ -70,7 +71,11 @@ byte call_of[CALLS + 1];                /* by epoch */
 #define TELLS(process) (key[process] && gave_up[process])
 
 /* Calls 1 and 2 come together in any order, call 3 after call 1. */
+#ifdef ORDERED
+#define READY(call) ((call) == epoch)
+#else
 #define READY(call) (!(done & (1 << (call))) && ((call) != 3 || (done & 2)))
+#endif
 
 #if PROCESSES == 2
 #define ANY(words) (words[0] || words[1])
