@@ -26,8 +26,13 @@ constexpr int kRows = 4;
 template <typename E>
 constexpr int kSteps = 8 / static_cast<int>(sizeof(typename E::Storage));
 
-// Blocks that a processor shall hold.
+// Blocks that a processor shall hold: from compute capability 10 on ptxas spills for a
+// third.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksEach = 2;
+#else
 constexpr int kBlocksEach = 3;
+#endif
 
 template <typename E>
 struct Sums {
