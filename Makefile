@@ -62,13 +62,11 @@ native-test: build/native-plain build/native-address build/native-thread ## run 
 # The handlers and kernels for GPUs, as foreign calls of XLA:CPU.
 EMULATED_TESTS ?= tests
 
-emulated-test: build/emulated $(PACKAGE) ## run the tests on emulated GPUs (20 minutes; EMULATED_TESTS= chooses)
-	JAX_EP_EMULATED_GPUS=$(abspath build/emulated/native_tests/libjax_ep_cuda_emulated.so) JAX_EP_REQUIRE_NATIVE=1 \
+emulated-test: FORCE $(PACKAGE) $(TOOLS) ## run the tests on emulated GPUs (half an hour; EMULATED_TESTS= chooses)
+	$(CONFIGURE) -B build/native-plain -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON -DJAX_EP_SANITIZE=
+	$(BIN)/cmake --build build/native-plain --target jax_ep_cuda_emulated
+	JAX_EP_EMULATED_GPUS=$(abspath build/native-plain/native_tests/libjax_ep_cuda_emulated.so) JAX_EP_REQUIRE_NATIVE=1 \
 	  $(RUN) -m pytest $(EMULATED_TESTS) -m 'not xla' $(PYTEST_ARGS)
-
-build/emulated: FORCE $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B $@ -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_WERROR=ON
-	$(BIN)/cmake --build $@ --target jax_ep_cuda_emulated
 
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
 	docs/protocol/check build/protocol
