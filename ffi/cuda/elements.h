@@ -90,12 +90,16 @@ __device__ inline typename E::Sum RoundSum(typename E::Sum x) {
 __device__ inline float Fma(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double Fma(double a, double b, double c) { return fma(a, b, c); }
 
-// Calls visit(element type, elements in a load) for rows of `hidden` elements.
+// Calls visit(element type, elements in a load) for rows of `hidden` elements: in steps
+// of 16 bytes, or of at least 4 where they consist of such.
 template <typename Visit>
 auto VisitElements(DType dtype, std::int64_t hidden, Visit visit) {
   const auto with = [&]<typename E>(E e) {
     if (hidden % kVector<E> == 0) {
       return visit(e, std::integral_constant<int, kVector<E>>());
+    }
+    if constexpr (sizeof(typename E::Storage) == 2) {
+      if (hidden % 2 == 0) return visit(e, std::integral_constant<int, 2>());
     }
     return visit(e, std::integral_constant<int, 1>());
   };

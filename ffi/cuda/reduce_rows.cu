@@ -18,6 +18,9 @@ using ArgsWithRows =
 
 constexpr int kLoadsInFlight = 4;
 
+// Blocks that a processor shall hold.
+constexpr int kBlocksEach = 4;
+
 // A token's rows by ascending (rank, k).
 struct Terms {
   const void* row[kMaxTopk];
@@ -95,7 +98,7 @@ __device__ void MergeTerms(const ReduceRowsArgs& args, Terms& terms) {
 // Adds up `count` elements of a token, from `first` on. Each rank's terms go into a
 // partial sum that is rounded as it would be to cross a wire.
 template <typename E, int count>
-__device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
+__device__ Elements<E, count> Reduce(const Terms& terms, int first) {
   using Sum = typename E::Sum;
   Sum total[count] = {};
   Sum partial[count] = {};
@@ -130,25 +133,66 @@ __device__ Elements<E, count> Reduce(const Terms& terms, std::int64_t first) {
   return out;
 }
 
-// A block per token at a time, whose threads share the elements.
+// Elements of a row: a block's part of it.
+struct Part {
+  int begin;
+  int end;
+};
+
+// Into how many parts rows are cut where there are more blocks than tokens: at most as
+// many as there are turns, in each of which a block adds up `step` elements.
+__device__ int PartsOf(const ReduceRowsArgs& args, int step) {
+  const int turns = (static_cast<int>(args.hidden) + step - 1) / step;
+  const std::int64_t blocks = gridDim.y;
+  const auto each = static_cast<int>(blocks / args.num_tokens);
+  return max(min(each, turns), 1);
+}
+
+// This block's, of so many parts that consist of whole turns.
+__device__ Part OwnPart(const ReduceRowsArgs& args, int parts, int step) {
+  const auto hidden = static_cast<int>(args.hidden);
+  const int turns = (hidden + step - 1) / step;
+  const int size = (turns + parts - 1) / parts * step;
+  const int begin = static_cast<int>(blockIdx.y) % parts * size;
+  return {begin, min(begin + size, hidden)};
+}
+
+// A block per token at a time, whose threads share the elements. Where blocks have a
+// part of a token each, none has a second.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     ReduceRowsKernel(const __grid_constant__ ArgsWithRows first) {
   const ReduceRowsArgs args = first.OfStacked(blockIdx.x);
   __shared__ Terms terms;
-  for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
+  const int step = static_cast<int>(blockDim.x) * count;
+  const int parts = PartsOf(args, step);
+  const Part part = OwnPart(args, parts, step);
+  for (std::int64_t t = static_cast<int>(blockIdx.y) / parts; t < args.num_tokens;
+       t += gridDim.y) {
     if (WarpInBlock() == 0) {
       ListTerms(args, t, terms);
       if (args.of_partials) MergeTerms(args, terms);
     }
     __syncthreads();
     char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);
-    for (std::int64_t h = threadIdx.x * count; h < args.hidden;
-         h += blockDim.x * count) {
+    for (int h = part.begin + static_cast<int>(threadIdx.x) * count; h < part.end;
+         h += step) {
       StoreElements<E, count>(out, h, Reduce<E, count>(terms, h));
     }
     __syncthreads();
   }
+}
+
+// Returns how many warps a block shall have for rows of so many steps of a warp: as
+// many as there are steps, or one of the numbers of which blocks fill a processor, the
+// one that has fewer warps idle in the last turn.
+std::int64_t WarpsFor(std::int64_t steps) {
+  constexpr std::int64_t kFewer = kWarps / 2;
+  const auto idle = [&](std::int64_t warps) {
+    return (steps + warps - 1) / warps * warps - steps;
+  };
+  if (steps <= kWarps) return steps;
+  return idle(kFewer) < idle(kWarps) ? kFewer : kWarps;
 }
 
 }  // namespace
@@ -160,11 +204,12 @@ cudaError_t ReduceRows(const ReduceRowsArgs& args, std::int64_t num_stacked,
   if (args.hidden == 0) return cudaSuccess;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
     const std::int64_t loads = args.hidden / count();
-    const std::int64_t warps = (loads + kWarpSize - 1) / kWarpSize;
-    const int threads =
-        static_cast<int>(std::min<std::int64_t>(warps, kWarps)) * kWarpSize;
+    const std::int64_t steps = (loads + kWarpSize - 1) / kWarpSize;
+    const std::int64_t warps = WarpsFor(steps);
+    const std::int64_t parts = (steps + warps - 1) / warps;
     return LaunchStacked<ReduceRowsKernel<decltype(e), count()>>(
-        args, num_stacked, args.num_tokens, 1, threads, stream);
+        args, num_stacked, args.num_tokens * parts, 1,
+        static_cast<int>(warps) * kWarpSize, stream);
   });
 }
 

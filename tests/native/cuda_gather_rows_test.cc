@@ -154,7 +154,7 @@ EP_TEST(CopiesRowsOfAnySize) {
 EP_TEST(ScalesRowsByTheChoicesWeight) {
   std::mt19937_64 rng(2);
   for (const DType dtype : kAllDTypes) {
-    for (const std::int64_t hidden : {0, 1, 3, 8, 301, 2056}) {
+    for (const std::int64_t hidden : {0, 1, 3, 8, 301, 302, 2056}) {
       ForRanks(rng, [&](const StackedRanks& ranks, bool zero_tail) {
         CheckScaled(ranks, dtype, hidden, zero_tail, rng);
       });

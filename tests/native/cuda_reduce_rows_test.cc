@@ -78,7 +78,7 @@ void CheckAllRoutings(const Geometry& geometry, DType dtype, std::int64_t hidden
 EP_TEST(SumsEachTokensRows) {
   std::mt19937_64 rng(1);
   for (const DType dtype : kAllDTypes) {
-    for (const std::int64_t hidden : {0, 1, 8, 37, 264}) {
+    for (const std::int64_t hidden : {0, 1, 8, 37, 38, 264}) {
       for (const std::int64_t capacity : {12, 100}) {
         CheckAllRoutings({.num_ranks = 3,
                           .num_local_experts = 2,
