@@ -1,5 +1,5 @@
-// How each dtype is read and rounded. GPUs have instructions of their own for some of it
-// (cuda/elements.h), whose results are equal, NaN payloads apart.
+// How each dtype is read and rounded. GPUs have instructions of their own for some of
+// it (cuda/elements.h), whose results are equal, NaN payloads apart.
 
 #ifndef JAX_EP_FFI_COMMON_ELEMENT_H_
 #define JAX_EP_FFI_COMMON_ELEMENT_H_

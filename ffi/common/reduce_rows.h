@@ -39,7 +39,7 @@ struct ReduceRowsArgs {
   // Whether ranks with several of a token's rows lend the partial sums of these, as
   // partial_sums.h says where: pulled in place of them. Of use on a GPU alone.
   bool of_partials = false;
-  PeerTable partials = PeerTable();  // [capacity, hidden], read if of_partials
+  PeerTable partials;  // [capacity, hidden], read if of_partials
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {

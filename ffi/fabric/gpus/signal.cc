@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "fabric/processes/futex.h"
+
 namespace jax_ep {
 namespace {
 
@@ -27,6 +29,7 @@ std::uint32_t Signal::Await(std::chrono::steady_clock::time_point deadline) cons
   const Clock::time_point spin_until = Clock::now() + kSpin;
   std::uint32_t value = value_.load(std::memory_order_acquire);
   while (value == 0 && Clock::now() < spin_until) {
+    Pause();
     value = value_.load(std::memory_order_acquire);
   }
   if (value != 0) return value;

@@ -2,10 +2,6 @@
 
 #include "fabric/processes/channel.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -35,12 +31,6 @@ namespace {
 // How long a wait for another process looks without pause before it sleeps: longer than
 // a process that runs takes to answer, shorter than waking one up.
 constexpr std::chrono::microseconds kSpin{30};
-
-void Pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
 
 std::size_t HalfOf(Epoch epoch) { return epoch % 2; }
 

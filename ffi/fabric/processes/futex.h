@@ -4,11 +4,22 @@
 #ifndef JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
 #define JAX_EP_FFI_FABRIC_PROCESSES_FUTEX_H_
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 
 namespace jax_ep {
+
+// Between two looks at a word, by a thread that does not sleep.
+inline void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
 
 // A word that counts the changes of something in memory that processes share. Its
 // writer rings it after each change; readers sleep on it until it is rung.

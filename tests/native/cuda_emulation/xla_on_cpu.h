@@ -62,8 +62,8 @@ struct OnCpu<handler> {
 
 namespace jax_ep {
 
-// So processes name their exchanges, by the numbers of their calls. These agree where all
-// compile the same programs in one order, as tests do.
+// So processes name their exchanges, by the numbers of their calls. These agree where
+// all compile the same programs in one order, as tests do.
 inline constexpr bool kLaunchesInOrder = false;
 
 using Launched = xla::ffi::Future;
