@@ -22,17 +22,13 @@ constexpr int kSums = kSumsPerLane * kWarpSize;
 constexpr int kRows = 4;
 
 // Steps of kSums elements, of which all rows' loads are in flight: in all as many bytes
-// for each dtype.
-template <typename E>
-constexpr int kSteps = 8 / static_cast<int>(sizeof(typename E::Storage));
+// for each dtype. Odd rows, whose elements come one by one, take one step at a time:
+// with more, ptxas spills on some GPUs.
+template <typename E, bool is_even>
+constexpr int kSteps = is_even ? 8 / static_cast<int>(sizeof(typename E::Storage)) : 1;
 
-// Blocks that a processor shall hold: from compute capability 10 on ptxas spills for a
-// third.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocksEach = 2;
-#else
+// Blocks that a processor shall hold.
 constexpr int kBlocksEach = 3;
-#endif
 
 template <typename E>
 struct Sums {
@@ -63,11 +59,12 @@ template <typename E, bool is_even>
 __device__ Sums<E> MultiplyRows(const void* const (&rows)[kRows], const void* dout,
                                 int hidden) {
   Sums<E> sums = {};
-  for (int begin = Lane() * kSumsPerLane; begin < hidden; begin += kSteps<E> * kSums) {
-    Elements<E, kSumsPerLane> held[kRows][kSteps<E>];
-    Elements<E, kSumsPerLane> factors[kSteps<E>];
+  for (int begin = Lane() * kSumsPerLane; begin < hidden;
+       begin += kSteps<E, is_even> * kSums) {
+    Elements<E, kSumsPerLane> held[kRows][kSteps<E, is_even>];
+    Elements<E, kSumsPerLane> factors[kSteps<E, is_even>];
 #pragma unroll
-    for (int step = 0; step < kSteps<E>; ++step) {
+    for (int step = 0; step < kSteps<E, is_even>; ++step) {
       const int h = begin + step * kSums;
       if (h >= hidden) break;
       factors[step] = LoadPair<E, is_even>(dout, h, hidden);
@@ -78,7 +75,7 @@ __device__ Sums<E> MultiplyRows(const void* const (&rows)[kRows], const void* do
       }
     }
 #pragma unroll
-    for (int step = 0; step < kSteps<E>; ++step) {
+    for (int step = 0; step < kSteps<E, is_even>; ++step) {
 #pragma unroll
       for (int i = 0; i < kSumsPerLane; ++i) {
         if (begin + step * kSums + i >= hidden) break;
