@@ -39,7 +39,9 @@ struct ReduceRowsArgs {
   // Whether ranks with several of a token's rows lend the partial sums of these, as
   // partial_sums.h says where: pulled in place of them. Of use on a GPU alone.
   bool of_partials = false;
-  PeerTable partials;  // [capacity, hidden], read if of_partials
+  // [capacity, hidden], read if of_partials. As others need not name it:
+  // NOLINTNEXTLINE(readability-redundant-member-init)
+  PeerTable partials = PeerTable();
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {
