@@ -47,7 +47,7 @@ class Fabric:
         nobody, and is asked first.
       join: brings the processes together that the exchange needs, and waits for them; says why they
         cannot exchange, or None.
-      reads_place: whether its handlers read rank and group, and not just how many ranks there are.
+      reads_place: whether its handlers read rank and group. Else all ranks are there, in order.
       adds: what its handlers take and return beside what the op does.
       operands: their names; they stand between the place and the plan.
       results: likewise, by op; they stand last.

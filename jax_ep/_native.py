@@ -79,7 +79,7 @@ def run(fabric: Fabric, call: Call, operands: Operands) -> list[Array]:
 
 
 def _constant_place(stack: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what stands in for rank and group where no more than their number is read."""
+    """Returns what stands in for rank and group where all ranks are stacked, in their order."""
     # XLA turns constants back into kernels if they are all one number, or a line that counts up.
     ranks = np.arange(math.prod(stack), dtype=np.int32).reshape(1, *stack)
     return ranks, ranks

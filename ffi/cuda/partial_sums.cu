@@ -29,51 +29,67 @@ __device__ float WeightOf(const PartialSumsArgs& args, std::int64_t entry) {
   return LoadPeer(static_cast<const float*>(args.weights[source]) + of_source);
 }
 
+// What a thread adds up at once: some elements of a row, every `step` from `begin` on.
+template <typename E, int count>
+struct RunningSums {
+  // Adds to each fma(weight, element of the row, sum).
+  __device__ void Add(const void* row, typename E::Sum weight, int hidden) {
+    Elements<E, count> held[kLoadsInFlight];
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      const int h = begin + j * step;
+      if (h < hidden) held[j] = LoadElements<E, count>(row, h);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      if (begin + j * step >= hidden) break;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        at[j][i] = Fma(weight, Load<E>(held[j].at[i]), at[j][i]);
+      }
+    }
+  }
+
+  // Writes them, rounded, to a row.
+  __device__ void Write(void* row, int hidden) const {
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) {
+      const int h = begin + j * step;
+      if (h >= hidden) break;
+      Elements<E, count> out;
+#pragma unroll
+      for (int i = 0; i < count; ++i) out.at[i] = Round<E>(at[j][i]);
+      StoreElements<E, count>(row, h, out);
+    }
+  }
+
+  int begin;
+  int step;
+  typename E::Sum at[kLoadsInFlight][count];
+};
+
 // Adds up the rows of entries [first, end), which are one token's, by the threads of a
 // block that share the elements. In ascending k, as the receive list is.
 template <typename E, int count>
 __device__ void SumEntries(const PartialSumsArgs& args, std::int64_t first,
                            std::int64_t end) {
-  using Sum = typename E::Sum;
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
-  const std::int64_t step = blockDim.x * count;
-  for (std::int64_t begin = threadIdx.x * count; begin < args.hidden;
+  const auto hidden = static_cast<int>(args.hidden);
+  const int step = static_cast<int>(blockDim.x) * count;
+  for (int begin = static_cast<int>(threadIdx.x) * count; begin < hidden;
        begin += kLoadsInFlight * step) {
-    Sum sums[kLoadsInFlight][count] = {};
+    RunningSums<E, count> sums = {.begin = begin, .step = step, .at = {}};
     std::int32_t to = kDropped;
 #pragma unroll 1
     for (std::int64_t entry = first; entry < end; ++entry) {
       const std::int32_t row = args.recv_row[entry];
       if (!IsIndex(row, args.capacity)) continue;
       if (to == kDropped) to = row;
-      const auto weight = static_cast<Sum>(WeightOf(args, entry));
-      const char* from = static_cast<const char*>(args.rows) + row * row_bytes;
-      Elements<E, count> held[kLoadsInFlight];
-#pragma unroll
-      for (int j = 0; j < kLoadsInFlight; ++j) {
-        const std::int64_t h = begin + j * step;
-        if (h < args.hidden) held[j] = LoadElements<E, count>(from, h);
-      }
-#pragma unroll
-      for (int j = 0; j < kLoadsInFlight; ++j) {
-        if (begin + j * step >= args.hidden) break;
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          sums[j][i] = Fma(weight, Load<E>(held[j].at[i]), sums[j][i]);
-        }
-      }
+      const auto weight = static_cast<typename E::Sum>(WeightOf(args, entry));
+      sums.Add(static_cast<const char*>(args.rows) + row * row_bytes, weight, hidden);
     }
     if (to == kDropped) return;
-    char* partial = static_cast<char*>(args.partials) + to * row_bytes;
-#pragma unroll
-    for (int j = 0; j < kLoadsInFlight; ++j) {
-      const std::int64_t h = begin + j * step;
-      if (h >= args.hidden) break;
-      Elements<E, count> out;
-#pragma unroll
-      for (int i = 0; i < count; ++i) out.at[i] = Round<E>(sums[j][i]);
-      StoreElements<E, count>(partial, h, out);
-    }
+    sums.Write(static_cast<char*>(args.partials) + to * row_bytes, hidden);
   }
 }
 
@@ -99,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t SumPartials(const PartialSumsArgs& args, std::int64_t num_stacked,
                         cudaStream_t stream) {
+  if (args.hidden * ByteWidth(args.dtype) > kMaxRowBytes) return cudaErrorInvalidValue;
   if (args.hidden == 0) return cudaSuccess;
   return VisitElements(args.dtype, args.hidden, [&](auto e, auto count) {
     const std::int64_t loads = args.hidden / count();

@@ -225,6 +225,13 @@ EP_TEST(AddsUpMoreTokensThanBlocks) {
                    DType::kBF16, 40, rng);
 }
 
+EP_TEST(RefusesRowsOfTooManyBytes) {
+  PartialSumsArgs args = {};
+  args.hidden = std::int64_t{1} << 30;
+  args.dtype = DType::kBF16;
+  EP_CHECK_EQ(cuda::SumPartials(args, 1, nullptr), cudaErrorInvalidValue);
+}
+
 // More choices than a warp has lanes, so that a rank's may lie on both sides of its
 // end.
 EP_TEST(AddsUpManyChoices) {
