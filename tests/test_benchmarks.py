@@ -74,6 +74,43 @@ def test_wrong_sums_and_rows_are_found(programs):
     assert programs._num_wrong_rows(wrong[:, ::-1], right[:, ::-1], np.array([[1]], np.int32)) == 0
 
 
+REPORT = """\
+ptxas info    : Compiling entry function '{name}' for 'sm_{arch}'
+    {spilled} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers, 16 bytes smem
+"""
+
+
+def model(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(BENCHMARKS / "model_gpu.py"), "--shapes=narrow-decode"]
+    env = os.environ | {"PYTHONPATH": path}
+    command += arguments
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_what_to_expect_of_a_gpu_is_reckoned(tmp_path):
+    (tmp_path / "kernel.ptxas").write_text(
+        REPORT.format(name="kernel", arch="90", registers=40, spilled=0)
+        + REPORT.format(name="kernel", arch="100f", registers=80, spilled=8)
+    )
+    printed = model("--rates=GPU=1000", "--launch_us=1", f"--reports={tmp_path}").stdout
+    rows = 8 * 128 * 4
+    strict = (rows + 8 * 128) * 2048 * 2
+    line = f"| narrow-decode | dispatch | {strict / 1e6:.1f} |"
+    assert line in printed
+    [cells] = [text.split(" | ") for text in printed.splitlines() if text.startswith(line)]
+    assert cells[4] == f"{strict / 1e6 + 1:.0f}"
+    assert "| `kernel` | 40 | 16 | 0 | 0 |" in printed
+    assert "spilled by kernel on sm_100f" in printed
+
+
+def test_without_reports_it_says_what_makes_them(tmp_path):
+    done = model(f"--reports={tmp_path}")
+    assert done.returncode == 1
+    assert "run `make cuda` first" in done.stderr
+
+
 @pytest.mark.once
 def test_it_runs_and_records_every_contender():
     require("native")
