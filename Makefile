@@ -80,9 +80,9 @@ cuda: $(PACKAGE) $(TOOLS) ## build the library for GPUs (a minute), print what i
 	$(RUN) ffi/cuda/resources.py table build/cuda
 	install build/cuda/cuda/libjax_ep_cuda.so $(CUDA_LIBRARY)
 
-# On a GPU machine, benchmarks/gpu.sh.
+# On a GPU machine, benchmarks/gpu.sh; with several GPUs, benchmarks/bench_gpu_mesh.py.
 bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul on the CPU
-	set -e; for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(RUN) $$script; done
+	set -e; for script in $(filter-out %/bench_gpu.py %/bench_gpu_mesh.py,$(wildcard benchmarks/bench_*.py)); do $(RUN) $$script; done
 
 clean: ## remove what make made
 	rm -rf $(VENV) build .coverage .coverage.* $(LIBRARY) $(CUDA_LIBRARY)

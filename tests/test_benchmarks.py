@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 def programs(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu_programs")
+
+
+@pytest.fixture
+def mesh_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_gpu_mesh")
 
 
 @pytest.fixture
@@ -41,6 +48,14 @@ def test_a_token_counts_once_for_each_rank_that_keeps_it(programs, shapes):
     assert moved["scaled rows"] == moved["dispatch"]
     assert moved["combine"] == moved["plain sums"] == ((rows + tokens) * 32,) * 2
     assert moved["row dots"] == ((rows + distinct) * 32 + choices * 4,) * 2
+
+
+def test_the_busiest_rank_s_bytes_cross_between_gpus(mesh_benchmark, shapes):
+    shape = shapes.Shape("tiny", 3, 1, 8, 6, 3, np.float32, 1.0, "this test")
+    # Rank 0 sends to all, its own row stays; of rank 1's rows two become one, and rank 2 drops one.
+    topk_idx = np.array([[[0, 2, 4]], [[0, 1, 3]], [[0, 5, 2]]])
+    kept = np.array([[[True, True, True]], [[True, True, True]], [[True, True, False]]])
+    assert mesh_benchmark.crossing_bytes(shape, topk_idx, kept) == 2 * 32
 
 
 def test_the_pure_jax_rival_adds_up_every_choice(programs):
@@ -81,12 +96,25 @@ ptxas info    : Used {registers} registers, used 1 barriers, 16 bytes smem
 """
 
 
-def model(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(BENCHMARKS / "model_gpu.py"), "--shapes=narrow-decode"]
-    env = os.environ | {"PYTHONPATH": path}
-    command += arguments
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def records_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.split("\n") if line[:1] == "{"]
+
+
+def model(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("model_gpu.py", "--shapes=narrow-decode", *arguments)
 
 
 def test_what_to_expect_of_a_gpu_is_reckoned(tmp_path):
@@ -114,19 +142,8 @@ def test_without_reports_it_says_what_makes_them(tmp_path):
 @pytest.mark.once
 def test_it_runs_and_records_every_contender():
     require("native")
-    shapes = ["--shapes=wide-decode", "--shapes=wide"]
-    command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), "--quick", *shapes]
-    path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    environment, *records = map(json.loads, filter(lambda s: s[:1] == "{", run.stdout.split("\n")))
+    done = run("bench_gpu.py", "--quick", "--shapes=wide-decode", "--shapes=wide")
+    environment, *records = records_of(done)
     assert {"commit", "jax", "device", "driver"} <= environment.keys()
     whole = ["native", "native, tail zero", "native, L2 cold in between", "xla"]
     ops = ["plan", "dispatch", "combine", "scaled rows", "row dots", "plain sums"]
@@ -142,3 +159,16 @@ def test_it_runs_and_records_every_contender():
     reached = {(r["shape"], r["goal"]) for r in records if "goal" in r}
     assert ("wide", "row dots, of the copy, strict bytes") in reached
     assert ("wide-decode", "plan + dispatch + combine, us: native, L2 cold in between") in reached
+
+
+@pytest.mark.once
+def test_the_mesh_benchmark_runs_on_devices_of_the_cpu():
+    require("native")
+    options = ("--cpu_devices=8", "--quick", "--repeats=2", "--batch=2", "--shapes=wide-decode")
+    environment, *records = records_of(run("bench_gpu_mesh.py", *options))
+    assert environment["ranks"] == 8
+    ops = ("plan", "dispatch", "combine", "all three")
+    timed = [record["contender"] for record in records]
+    assert timed == [f"{name}: {op}" for name in ("native", "xla") for op in ops]
+    each_way = {record["contender"]: record["bytes_each_way"] for record in records}
+    assert 2 * each_way["native: dispatch"] == each_way["xla: all three"] > 0
