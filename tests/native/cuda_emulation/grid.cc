@@ -39,7 +39,9 @@ struct Fiber {
 };
 
 // As a rule a text is where its equal is.
-bool IsSameText(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+bool IsSameText(const char* a, const char* b) {
+  return a == b || std::strcmp(a, b) == 0;
+}
 
 bool IsSame(const Collective& a, const Collective& b) {
   return IsSameText(a.name, b.name) && a.lanes == b.lanes &&
