@@ -11,20 +11,26 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_ep import _processes
+from jax_ep import _partial_sums, _processes
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
 from jax_ep._library import describe_handlers, gpu_peers_problem, library, native_problem
-from jax_ep._ops import OPS, PLAN, Op
+from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
 from jax_ep._types import Platform
 
 GEOMETRY = ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity")
 """What every handler is told of the exchange: attributes by the names of ``Layout``."""
+
+
+_PARTIALS: dict[Op, tuple[str, ...]] = {REDUCE_ROWS: ("*partials",), REDUCE_SCALED: ("partials",)}
+"""One result more for each of their payloads of rows, where partial sums may be used."""
 
 
 class Additions(NamedTuple):
@@ -49,8 +55,8 @@ class Fabric:
         cannot exchange, or None.
       reads_place: whether its handlers read rank and group. Else all ranks are there, in order.
       adds: what its handlers take and return beside what the op does.
-      operands: their names; they stand between the place and the plan.
-      results: likewise, by op; they stand last.
+      operands: their names, by op; they stand between the place and the plan.
+      results: likewise; they stand last.
       attributes: likewise.
     """
 
@@ -61,9 +67,9 @@ class Fabric:
     join: Callable[[Call], Refusal | None] = lambda _: None
     reads_place: bool = True
     adds: Callable[[Call, Operands], Additions] = lambda *_: Additions()
-    operands: tuple[str, ...] = ()
+    operands: Callable[[Op], tuple[str, ...]] = lambda _: ()
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
-    attributes: tuple[str, ...] = ()
+    attributes: Callable[[Op], tuple[str, ...]] = lambda _: ()
 
     def target(self, op: Op) -> str:
         """Returns the name of an op's handler, as XLA knows it."""
@@ -73,9 +79,9 @@ class Fabric:
         """Returns what the library should say of an op's handler."""
         plan = PlanArrays._fields if op.takes_plan else ()
         return {
-            "operands": [*Place._fields, *self.operands, *plan, *op.payloads],
+            "operands": [*Place._fields, *self.operands(op), *plan, *op.payloads],
             "results": [*op.results, *self.results(op)],
-            "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes]),
+            "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes(op)]),
         }
 
 
@@ -196,6 +202,18 @@ def _add_workspace_and_members(call: Call, operands: Operands) -> Additions:
     )
 
 
+def _add_to_gpus_of_one_process(call: Call, operands: Operands) -> Additions:
+    if call.op not in _PARTIALS:
+        return _add_workspace_and_members(call, operands)
+    # Of either form, so that the library reads one kind of call.
+    pulled = operands.payloads if call.op is REDUCE_ROWS else operands.payloads[:1]
+    weights = operands.payloads[len(pulled) :]
+    use = _partial_sums.use(call.layout, pulled, are_weighted=bool(weights))
+    gathered = [jax.lax.all_gather(w, call.layout.axis_name) if use else w for w in weights]
+    partials = [result_type(rows.shape if use else (1,), rows.dtype, rows) for rows in pulled]
+    return Additions(gathered, partials, [_processes.members(call.devices), np.int64(use)])
+
+
 def _add_members(call: Call, _: Operands) -> Additions:
     return Additions(attributes=[_processes.members(call.devices)])
 
@@ -221,7 +239,7 @@ FABRICS: tuple[Fabric, ...] = (
         serves="ranks on the CPU devices of one process",
         refuses=_refuses_several_processes,
         adds=_add_members,
-        attributes=("members",),
+        attributes=lambda _: ("members",),
     ),
     Fabric(
         name="processes",
@@ -230,8 +248,8 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_one_process,
         join=lambda call: _processes.join(call.processes, "cpu"),
         adds=_add_agreement,
-        operands=("numbers",),
-        attributes=("members", "kind"),
+        operands=lambda _: ("numbers",),
+        attributes=lambda _: ("members", "kind"),
     ),
     Fabric(
         name="stacked",
@@ -247,9 +265,10 @@ FABRICS: tuple[Fabric, ...] = (
         platform="gpu",
         serves="ranks on GPUs of one process that can read each other's memory",
         refuses=_refuses_gpus_of_processes,
-        adds=_add_workspace_and_members,
-        results=lambda op: ("workspace",) if op is PLAN else (),
-        attributes=("members",),
+        adds=_add_to_gpus_of_one_process,
+        operands=lambda op: ("gathered",) if op is REDUCE_SCALED else (),
+        results=lambda op: ("workspace",) if op is PLAN else _PARTIALS.get(op, ()),
+        attributes=lambda op: ("members", "partial_sums") if op in _PARTIALS else ("members",),
     ),
     Fabric(
         name="processes",
@@ -259,6 +278,6 @@ FABRICS: tuple[Fabric, ...] = (
         join=lambda call: _processes.join(call.processes, "gpu"),
         adds=_add_workspace_and_members,
         results=lambda op: ("workspace",) if op is PLAN else (),
-        attributes=("members",),
+        attributes=lambda _: ("members",),
     ),
 )

@@ -71,7 +71,7 @@ def run(fabric: Fabric, call: Call, operands: Operands) -> list[Array]:
         "call": call.name,
         **{name: np.int64(getattr(layout, name)) for name in GEOMETRY},
         **{name: np.int64(option(layout)) for name, option in op.options.items()},
-        **dict(zip(fabric.attributes, added.attributes, strict=True)),
+        **dict(zip(fabric.attributes(op), added.attributes, strict=True)),
     }
     foreign = jax.ffi.ffi_call(fabric.target(op), [*types, *added.results])
     where = operands.where if fabric.reads_place else _constant_place(stack)

@@ -8,6 +8,7 @@
 #include "bind/cuda/gpu_call.h"
 #include "bind/cuda/kernels.h"
 #include "bind/cuda/launch_thread.h"
+#include "bind/cuda/partial_sums.h"
 #include "bind/ops.h"
 #include "bind/process/call_site.h"
 
@@ -27,8 +28,9 @@ Launched ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_DEVICES(name, Op)                                         \
-  EP_DEFINE_GPU_HANDLER(name, devices, jax_ep::ExchangeDevices<jax_ep::Op>, \
-                        jax_ep::AskGpus<jax_ep::Op>)
+#define EP_DEFINE_DEVICES(name, Op)                                                   \
+  EP_DEFINE_GPU_HANDLER(name, devices,                                                \
+                        jax_ep::ExchangeDevices<jax_ep::WithPartialSums<jax_ep::Op>>, \
+                        jax_ep::AskGpus<jax_ep::WithPartialSums<jax_ep::Op>>)
 
 EP_FOR_EACH_GPU_OP(EP_DEFINE_DEVICES)

@@ -91,6 +91,10 @@ Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) 
   const auto made = MakeCall<Op>(std::move(call), where, arrival);
   add_span(arrival, made->on_stream);
   return OnLaunchThread(arrival.stream, [made] {
+    if constexpr (requires { &Op::Prepare; }) {
+      const cudaError_t error = Op::Prepare(made->call, made->on_stream.stream);
+      if (error != cudaSuccess) return CudaError(error);
+    }
     return ErrorOf(ExchangeOnStreams(ProcessMeetingPoint(), made->on_stream));
   });
 }

@@ -1,0 +1,105 @@
+// Ops whose ranks may add up rows of a token before its rank pulls them, for fabrics
+// that lend what they are given. Python says of each call whether they do.
+#ifndef JAX_EP_FFI_BIND_CUDA_PARTIAL_SUMS_H_
+#define JAX_EP_FFI_BIND_CUDA_PARTIAL_SUMS_H_
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "bind/ops.h"
+#include "common/partial_sums.h"
+#include "cuda/partial_sums.h"
+
+namespace jax_ep {
+
+struct SummedCall : ReduceRowsOp::Call {
+  std::vector<PartialSumsArgs> sums;  // one for each kernel, or none
+};
+
+// ReduceRowsOp or ReduceScaledOp, with partial sums.
+template <typename Op>
+struct Summed {
+  using Call = SummedCall;
+  static constexpr bool kWeighted = std::is_same_v<Op, ReduceScaledOp>;
+
+  static Call Read(CallReader& reader) {
+    const bool is_used = reader.Attribute("partial_sums") != 0;
+    const std::int64_t choices =
+        reader.Attribute("num_tokens") * reader.Attribute("num_topk");
+    const float* weights = nullptr;
+    if constexpr (kWeighted) {
+      // Of all ranks, or of this one, which nobody reads.
+      const std::int64_t ranks = is_used ? reader.where().num_ranks : 1;
+      weights = reader.Operand<float>("gathered", ranks * choices);
+    }
+    Call call = {Op::Read(reader), {}};
+    for (ReduceRowsArgs& args : call.kernels) {
+      const Tensor partials = reader.Result(kWeighted ? "partials" : "*partials", 0);
+      const std::int64_t size = is_used ? args.capacity * args.hidden : 1;
+      reader.Require(KernelDType(partials.type) == args.dtype, "partials as rows");
+      reader.Require(partials.elements() == size, "partials [C, H], or one element");
+      if (!is_used) continue;
+      const std::int64_t bytes = choices * static_cast<std::int64_t>(sizeof(float));
+      AddSums(partials.data, PeerTable(weights, bytes), args, call);
+    }
+    return call;
+  }
+
+  // The sums behind the rows. They are for ranks of this process.
+  static std::vector<LentRows> LentBy(const Call& call) {
+    std::vector<LentRows> lent = Op::LentBy(call);
+    for (const PartialSumsArgs& args : call.sums) {
+      lent.push_back({.data = args.partials, .num_rows = 0, .row_bytes = 0});
+    }
+    return lent;
+  }
+
+  static void SetPeers(Call& call, Tables tables) {
+    Op::SetPeers(call, tables);
+    for (std::size_t i = 0; i < call.sums.size(); ++i) {
+      call.kernels[i].partials = tables[call.kernels.size() + i];
+    }
+  }
+
+  // Puts on the stream what has to be done before peers read what is lent.
+  static cudaError_t Prepare(const Call& call, cudaStream_t stream) {
+    for (const PartialSumsArgs& args : call.sums) {
+      const cudaError_t error = cuda::SumPartials(args, 1, stream);
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+ private:
+  // Has a kernel pull partial sums, and this rank make its own.
+  static void AddSums(void* partials, const PeerTable& weights, ReduceRowsArgs& args,
+                      Call& call) {
+    args.of_partials = true;
+    call.sums.push_back({.rows = args.rows[0],
+                         .weights = weights,
+                         .recv_choice = call.plan.recv_choice,
+                         .recv_row = call.plan.recv_row,
+                         .recv_counts = call.plan.recv_counts,
+                         .partials = partials,
+                         .num_ranks = args.num_ranks,
+                         .num_tokens = args.num_tokens,
+                         .num_topk = args.num_topk,
+                         .capacity = args.capacity,
+                         .hidden = args.hidden,
+                         .dtype = args.dtype,
+                         .weighted = kWeighted});
+  }
+};
+
+// An op as it is where partial sums may be used: most have none.
+template <typename Op>
+using WithPartialSums =
+    std::conditional_t<std::is_base_of_v<PullOp<ReduceRowsArgs>, Op>, Summed<Op>, Op>;
+
+}  // namespace jax_ep
+
+#endif  // JAX_EP_FFI_BIND_CUDA_PARTIAL_SUMS_H_
