@@ -89,11 +89,16 @@ def print_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
         print(f"| {' | '.join(line)} |")
 
 
-def print_kernels(folder: pathlib.Path, arch: str) -> None:
-    """Prints what the compiler says of the kernels for one architecture, and spills on all."""
+def read_kernels(folder: pathlib.Path) -> list[resources.Kernel]:
+    """Reads what the compiler says of the kernels; ends the program where it has said nothing."""
     kernels = resources.named(resources.kernels_in(folder))
     if not kernels:
         raise SystemExit(f"There are no reports of kernels in {folder}: run `make cuda` first.")
+    return kernels
+
+
+def print_kernels(kernels: Sequence[resources.Kernel], arch: str) -> None:
+    """Prints what the compiler says of the kernels for one architecture, and spills on all."""
     archs = ", ".join(dict.fromkeys(f"sm_{kernel.arch}" for kernel in kernels))
     spilling = [f"{kernel.name} on sm_{kernel.arch}" for kernel in kernels if kernel.spilled]
     print(f"\n## Kernels as compiled for sm_{arch}\n")
@@ -107,6 +112,7 @@ def print_kernels(folder: pathlib.Path, arch: str) -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    kernels = read_kernels(pathlib.Path(_reports.value))
     rates = {name: float(rate) for name, rate in (text.split("=") for text in _rates.value)}
     per_second = " and ".join(f"{rate / 1e3:g} TB/s for an {name}" for name, rate in rates.items())
     goals = ", ".join(f"{op} {goal:g}" for op, goal in FRACTION_GOALS.items())
@@ -122,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     print_table(header, expected)
     print()
     print_shapes()
-    print_kernels(pathlib.Path(_reports.value), _arch.value)
+    print_kernels(kernels, _arch.value)
 
 
 def print_shapes() -> None:
