@@ -12,32 +12,12 @@
 #include <vector>
 
 #include "check.h"
+#include "emulated_streams.h"
 
 namespace jax_ep {
 namespace {
 
 using std::chrono::microseconds;
-
-// Has streams idle before each operation while it lives.
-class Latency {
- public:
-  explicit Latency(microseconds longest) { emulation::SetLatency(longest); }
-  ~Latency() { emulation::SetLatency(microseconds(0)); }
-  Latency(const Latency&) = delete;
-  Latency& operator=(const Latency&) = delete;
-};
-
-class OwnStream {
- public:
-  OwnStream() { cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking); }
-  ~OwnStream() { cudaStreamDestroy(stream_); }
-  OwnStream(const OwnStream&) = delete;
-  OwnStream& operator=(const OwnStream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
 
 cudaEvent_t NewEvent() {
   cudaEvent_t event = nullptr;

@@ -16,6 +16,7 @@
 
 #include "captured_reports.h"
 #include "check.h"
+#include "emulated_streams.h"
 #include "fabric/gpus/stream_points.h"
 #include "fabric/threads/meeting.h"
 #include "threads.h"
@@ -28,24 +29,12 @@ using std::chrono::microseconds;
 constexpr std::int64_t kRanks = 4;
 constexpr std::size_t kNumbers = 64;
 
-class Latency {
- public:
-  explicit Latency(microseconds longest) { emulation::SetLatency(longest); }
-  ~Latency() { emulation::SetLatency(microseconds(0)); }
-  Latency(const Latency&) = delete;
-  Latency& operator=(const Latency&) = delete;
-};
-
 // One GPU: a stream, and a buffer that it fills, lends, and clears behind the exchange.
 struct Gpu {
-  Gpu() { cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking); }
-  ~Gpu() { cudaStreamDestroy(stream); }
-  Gpu(const Gpu&) = delete;
-  Gpu& operator=(const Gpu&) = delete;
-
-  cudaStream_t stream = nullptr;
   std::vector<std::uint64_t> lent = std::vector<std::uint64_t>(kNumbers);
   std::vector<std::uint64_t> sums = std::vector<std::uint64_t>(kNumbers);
+  const OwnStream own;  // last, as what is on it uses all above
+  const cudaStream_t stream = own.get();
 };
 
 void PutFilling(Gpu& gpu, std::uint64_t number) {

@@ -16,6 +16,7 @@
 
 #include "captured_reports.h"
 #include "check.h"
+#include "emulated_streams.h"
 #include "fabric/gpus/device_window.h"
 #include "fabric/gpus/shared_memory.h"
 #include "fabric/gpus/stream_exchange.h"
@@ -30,15 +31,11 @@ using std::chrono::microseconds;
 // One rank: its stream, its window, and two buffers that it fills, lends, and clears
 // behind the exchange.
 struct Gpu {
-  Gpu() { cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking); }
-  ~Gpu() { cudaStreamDestroy(stream); }
-  Gpu(const Gpu&) = delete;
-  Gpu& operator=(const Gpu&) = delete;
-
-  cudaStream_t stream = nullptr;
   DeviceWindow window;
   std::vector<std::vector<std::uint64_t>> lent;
   std::vector<std::uint64_t> sums;
+  const OwnStream own;  // last, as what is on it uses all above
+  const cudaStream_t stream = own.get();
 };
 
 // More in some turns, so that windows get other memory.
@@ -142,10 +139,8 @@ EP_TEST(ProcessesReadEachOthersWindows) {
   for (const std::vector<std::int32_t>& process_of : {kOneEach, {0, 1, 0, 1}}) {
     const Case which("ranks in processes " + Show(process_of));
     const auto take_turns = [&](Side& side, std::int32_t here) {
-      emulation::SetLatency(microseconds(100));
-      const bool well = AllWell(TakeTurns(side, process_of, here, kTurns));
-      emulation::SetLatency(microseconds(0));
-      return well;
+      const Latency latency(microseconds(100));
+      return AllWell(TakeTurns(side, process_of, here, kTurns));
     };
     Child child(1, kLong, [&](Side& side) { return take_turns(side, 1); }, true);
     Side own(0, kLong, true);

@@ -97,11 +97,7 @@ Attendance AttendanceOf(const std::shared_ptr<PendingCall<Op>>& pending,
           },
       .schedule = nullptr,
   };
-  for (const LentRows& lent : Op::LentBy(pending->call)) {
-    attendance.lent.push_back({.data = lent.data, .shared_bytes = lent.bytes()});
-    if (attendance.lent.size() == 1) attendance.print.rows = lent.num_rows;
-    attendance.print.row_bytes += lent.row_bytes;
-  }
+  AddLent(Op::LentBy(pending->call), attendance);
   SetMakesAll(pending->call, *where.rank == 0);
   return attendance;
 }

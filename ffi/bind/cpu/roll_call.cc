@@ -1,6 +1,5 @@
 // Implements first_run.h, and the call by which ranks of several processes agree on
 // one.
-#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -22,9 +21,7 @@ FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id
   if (reader.failed()) return run;
   run.kind = reader.Attribute("kind");
   run.rank = *where.rank;
-  for (std::size_t rank = 0; rank < group.members.size(); ++rank) {
-    run.process_of.push_back(group.ProcessOf(rank));
-  }
+  run.process_of = group.Processes();
   return run;
 }
 

@@ -5,7 +5,8 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
+
+#include "fabric/gpus/cuda_says.h"
 
 namespace jax_ep {
 
@@ -22,7 +23,7 @@ std::optional<Role> FindRole(CallSite& site, std::int32_t device,
     }
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     if (error == cudaSuccess) return role;
-    reader.Fail(std::string("CUDA says ") + cudaGetErrorString(error));
+    reader.Fail(CudaSays(error));
     return std::nullopt;
   });
 }

@@ -58,11 +58,7 @@ std::shared_ptr<GpuCall<Op>> MakeCall(typename Op::Call call, const Whereabouts&
   attendance.print = {.op = where.call, .rows = 0, .row_bytes = 0};
   attendance.rank = arrival.role.rank;
   attendance.num_ranks = static_cast<std::int32_t>(where.num_ranks);
-  for (const LentRows& lent : Op::LentBy(made->call)) {
-    attendance.lent.push_back({.data = lent.data, .shared_bytes = lent.bytes()});
-    if (attendance.lent.size() == 1) attendance.print.rows = lent.num_rows;
-    attendance.print.row_bytes += lent.row_bytes;
-  }
+  AddLent(Op::LentBy(made->call), attendance);
   made->on_stream.stream = arrival.stream;
   made->on_stream.launch = [&of = *made](const PeerTables& tables) {
     const std::vector<PeerTable> peers(tables.begin(), tables.end());
@@ -74,8 +70,8 @@ std::shared_ptr<GpuCall<Op>> MakeCall(typename Op::Call call, const Whereabouts&
 
 ffi::Error ErrorOf(const std::optional<StreamFailure>& failure);
 
-// Has a call take part in its exchange, once `span(arrival, call)` has added what it
-// knows of peers in other processes, or failed the reader.
+// Has a call take part in its exchange, once `add_span(arrival, call)` has added what
+// it knows of peers in other processes.
 template <typename Op, typename AddSpan>
 Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) {
   typename Op::Call call = Op::Read(reader);

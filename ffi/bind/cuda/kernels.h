@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "bind/call_reader.h"
@@ -15,6 +14,7 @@
 #include "cuda/plan.h"
 #include "cuda/reduce_rows.h"
 #include "cuda/row_dots.h"
+#include "fabric/gpus/cuda_says.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
@@ -81,8 +81,7 @@ inline cudaError_t LaunchKernels(const GpuPlanOp::Call& call, std::int64_t num_s
 
 inline ffi::Error CudaError(cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("jax_ep: CUDA says ") +
-                              cudaGetErrorString(error));
+  return ffi::Error::Internal("jax_ep: " + CudaSays(error));
 }
 
 }  // namespace jax_ep

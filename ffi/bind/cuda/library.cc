@@ -1,26 +1,25 @@
 // What Python asks of the library for GPUs besides the handlers.
 #include <cuda_runtime.h>
 
-#include <cstddef>
 #include <cstdint>
-#include <cstdio>
 
 #include "bind/cuda/launch_thread.h"
 #include "bind/process/process.h"
+#include "bind/process/tell.h"
 #include "common/plan.h"
 #include "cuda/peers.h"
 #include "cuda/plan.h"
 #include "cuda/reduce_rows.h"
+#include "fabric/gpus/cuda_says.h"
 #include "fabric/gpus/shared_memory.h"
 
 bool jax_ep::LaunchesInOrder() { return kLaunchesInOrder; }
 
 namespace {
 
-int Tell(cudaError_t error, char* problem, int problem_bytes) {
+int Succeeded(cudaError_t error, char* problem, int problem_bytes) {
   if (error == cudaSuccess) return 1;
-  std::snprintf(problem, static_cast<std::size_t>(problem_bytes), "CUDA says %s",
-                cudaGetErrorString(error));
+  jax_ep::Tell(jax_ep::CudaSays(error), problem, problem_bytes);
   return 0;
 }
 
@@ -55,14 +54,14 @@ int jax_ep_strangers(const std::int32_t* devices, std::int32_t count,
 // device; returns whether they can, or writes into `problem` why not.
 int jax_ep_offer_memory(std::int32_t device, void* handle, char* problem,
                         int problem_bytes) {
-  return Tell(jax_ep::OfferMemory(device, handle), problem, problem_bytes);
+  return Succeeded(jax_ep::OfferMemory(device, handle), problem, problem_bytes);
 }
 
 // Has a device read memory that another process offers; returns whether it could, or
 // writes into `problem` why not.
 int jax_ep_try_memory(std::int32_t device, const void* handle, char* problem,
                       int problem_bytes) {
-  return Tell(jax_ep::TryMemory(device, handle), problem, problem_bytes);
+  return Succeeded(jax_ep::TryMemory(device, handle), problem, problem_bytes);
 }
 
 std::int64_t jax_ep_max_topk() { return jax_ep::cuda::kMaxTopk; }

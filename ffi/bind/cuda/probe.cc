@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <span>
 #include <string>
 #include <thread>
+
+#include "bind/process/tell.h"
+#include "fabric/gpus/cuda_says.h"
 
 namespace jax_ep {
 namespace {
@@ -25,7 +27,7 @@ std::string Version(int version) {
 std::string DriverProblem() {
   int driver = 0;
   if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) {
-    return std::string("CUDA says ") + cudaGetErrorString(error);
+    return CudaSays(error);
   }
   if (driver == 0) return "there is no CUDA driver";
   if (driver < kNeededDriver) {
@@ -44,8 +46,8 @@ std::string DeviceProblem(int device) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return "the native library does not run on GPU " + std::to_string(device) +
-         ", of compute capability " + Version(major * 1000 + minor * 10) +
-         ": CUDA says " + cudaGetErrorString(error);
+         ", of compute capability " + Version(major * 1000 + minor * 10) + ": " +
+         CudaSays(error);
 }
 
 std::string Problem(std::span<const int> devices) {
@@ -69,11 +71,6 @@ extern "C" int jax_ep_cuda_problem(const int* devices, int num_devices, char* te
   std::thread([&] {
     problem = jax_ep::Problem({devices, static_cast<std::size_t>(num_devices)});
   }).join();
-  const std::size_t kept =
-      std::min(problem.size(), static_cast<std::size_t>(std::max(bytes - 1, 0)));
-  if (bytes > 0) {
-    std::memcpy(text, problem.data(), kept);
-    text[kept] = '\0';
-  }
+  jax_ep::Tell(problem, text, bytes);
   return problem.empty() ? 0 : 1;
 }

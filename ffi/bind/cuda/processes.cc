@@ -35,10 +35,7 @@ DeviceWindow& WindowOf(const Relay& channel, std::int32_t rank, const CallSite& 
 // Runs are counted from the first that a device has of a call, for the log: then they
 // have the same number in all processes.
 std::shared_ptr<const Span> MakeSpan(const GpuArrival& arrival) {
-  std::vector<std::int32_t> process_of;
-  for (std::size_t rank = 0; rank < arrival.group.members.size(); ++rank) {
-    process_of.push_back(arrival.group.ProcessOf(rank));
-  }
+  std::vector<std::int32_t> process_of = arrival.group.Processes();
   auto relay = ProcessHost()->ChannelOf(process_of, arrival.group.id);
   return std::make_shared<const Span>(Span{.process_of = std::move(process_of),
                                            .here = ProcessIndex(),

@@ -31,6 +31,14 @@ std::int64_t IdOf(std::span<const std::int64_t> members) {
 ffi::TypeId CallSite::id = {};
 const ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
+std::vector<std::int32_t> Group::Processes() const {
+  std::vector<std::int32_t> processes;
+  for (std::size_t rank = 0; rank < members.size(); ++rank) {
+    processes.push_back(ProcessOf(rank));
+  }
+  return processes;
+}
+
 bool Group::Spans(std::int32_t process) const {
   for (std::size_t rank = 0; rank < members.size(); ++rank) {
     if (ProcessOf(rank) != process) return true;

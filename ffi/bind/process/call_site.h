@@ -11,6 +11,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <vector>
 
 #include "bind/call_reader.h"
 #include "fabric/threads/meeting.h"
@@ -29,6 +30,7 @@ struct Group {
   std::int32_t ProcessOf(std::size_t rank) const {
     return static_cast<std::int32_t>(members[rank] >> 32);
   }
+  std::vector<std::int32_t> Processes() const;  // by rank
   bool Spans(std::int32_t process) const;
 };
 

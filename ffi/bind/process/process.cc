@@ -9,7 +9,6 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -21,6 +20,7 @@
 #include <vector>
 
 #include "bind/process/call_site.h"
+#include "bind/process/tell.h"
 #include "fabric/processes/host.h"
 #include "fabric/threads/call_log.h"
 #include "fabric/threads/meeting.h"
@@ -82,7 +82,7 @@ void jax_ep_set_process(std::int32_t index) {
 int jax_ep_board(std::int32_t* address, char* problem, int problem_bytes) {
   const auto& host = jax_ep::TheHost();
   if (const auto* why = std::get_if<std::string>(&host)) {
-    std::snprintf(problem, static_cast<std::size_t>(problem_bytes), "%s", why->c_str());
+    jax_ep::Tell(*why, problem, problem_bytes);
     return 0;
   }
   const jax_ep::BoardAddress found = std::get<0>(host)->address();
@@ -97,7 +97,7 @@ int jax_ep_open_board(std::int32_t index, const std::int32_t* address, char* pro
   const auto why =
       jax_ep::ProcessHost()->Open(index, {.process = address[0], .number = address[1]});
   if (!why) return 1;
-  std::snprintf(problem, static_cast<std::size_t>(problem_bytes), "%s", why->c_str());
+  jax_ep::Tell(*why, problem, problem_bytes);
   return 0;
 }
 

@@ -3,11 +3,13 @@
 #define JAX_EP_FFI_BIND_PROCESS_PROCESS_H_
 
 #include <cstdint>
-#include <optional>
 #include <string>
+#include <vector>
 
+#include "bind/ops.h"
 #include "fabric/processes/first_runs.h"
 #include "fabric/processes/host.h"
+#include "fabric/threads/attendance.h"
 #include "fabric/threads/meeting.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -27,6 +29,15 @@ bool LaunchesInOrder();
 Host* ProcessHost();
 
 FirstRuns& ProcessFirstRuns();
+
+// Has a rank bring what it lends to a meeting. All ranks must agree on how much.
+inline void AddLent(const std::vector<LentRows>& buffers, Attendance& attendance) {
+  for (const LentRows& lent : buffers) {
+    attendance.lent.push_back({.data = lent.data, .shared_bytes = lent.bytes()});
+    if (attendance.lent.size() == 1) attendance.print.rows = lent.num_rows;
+    attendance.print.row_bytes += lent.row_bytes;
+  }
+}
 
 // The error of a call whose peers did not come, or came to something else.
 inline xla::ffi::Error MeetingError(const std::string& failure) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/work.h"
+#include "fabric/gpus/cuda_says.h"
 #include "fabric/gpus/device_window.h"
 #include "fabric/gpus/signal.h"
 #include "fabric/gpus/stream_points.h"
@@ -112,8 +113,7 @@ bool IsOfThisProcess(const StreamCall& call, std::size_t rank) {
 
 Failure CudaFailure(cudaError_t error) {
   if (error == cudaSuccess) return std::nullopt;
-  return StreamFailure{.what = std::string("CUDA says ") + cudaGetErrorString(error),
-                       .is_of_cuda = true};
+  return StreamFailure{.what = CudaSays(error), .is_of_cuda = true};
 }
 
 // The rank among its peers, who have all come.
