@@ -19,7 +19,7 @@ inline Launched NotLaunched(xla::ffi::Error error) { return error; }
 // Runs `exchange()`, which puts a call on the stream and returns what went wrong. What
 // XLA has told the handler of the call must have been read.
 template <typename Exchange>
-Launched OnLaunchThread(cudaStream_t, Exchange exchange) {
+Launched OnLaunchThread(cudaStream_t, const Exchange& exchange) {
   return exchange();
 }
 

@@ -33,6 +33,7 @@ const ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 std::vector<std::int32_t> Group::Processes() const {
   std::vector<std::int32_t> processes;
+  processes.reserve(members.size());
   for (std::size_t rank = 0; rank < members.size(); ++rank) {
     processes.push_back(ProcessOf(rank));
   }
