@@ -2,11 +2,8 @@
 // other processes can map, and an event is two numbers in such a file.
 #include "streams.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -23,6 +20,8 @@
 #include <string>
 #include <thread>
 #include <utility>
+
+#include "event.h"
 
 namespace jax_ep::emulation {
 namespace {
@@ -41,84 +40,6 @@ thread_local int current_device = 0;
 thread_local bool is_capturing = false;
 
 }  // namespace
-
-// A mapping of a file in memory, of this process or of another one.
-class Mapping {
- public:
-  // A new file, or one of another process; check `data` before use.
-  explicit Mapping(std::size_t bytes) : bytes_(bytes) {
-    file_ = memfd_create("jax_ep_emulated", MFD_CLOEXEC);
-    if (file_ < 0 || ftruncate(file_, static_cast<off_t>(bytes)) != 0) return;
-    Map();
-  }
-  explicit Mapping(const EmulatedIpcHandle& handle)
-      : bytes_(static_cast<std::size_t>(handle.bytes)) {
-    const std::string path = "/proc/" + std::to_string(handle.process) + "/fd/" +
-                             std::to_string(handle.file);
-    file_ = open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (file_ >= 0) Map();
-  }
-  ~Mapping() {
-    if (data_ != nullptr) munmap(data_, bytes_);
-    if (file_ >= 0) close(file_);
-  }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  void* data() const { return data_; }
-  EmulatedIpcHandle handle() const {
-    return {
-        .process = getpid(), .file = file_, .bytes = static_cast<std::int64_t>(bytes_)};
-  }
-
- private:
-  void Map() {
-    void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
-    if (mapped != MAP_FAILED) data_ = mapped;
-  }
-
-  int file_ = -1;
-  std::size_t bytes_;
-  void* data_ = nullptr;
-};
-
-// How often an event has been put on a stream, and to which of these times a stream has
-// come: not always in their order, if they are on several streams. Copies are of the
-// same event, which lasts until streams are done with it.
-class Event {
- public:
-  explicit Event(std::shared_ptr<Mapping> mapping) : mapping_(std::move(mapping)) {}
-
-  std::uint64_t Record() const { return words().recorded.fetch_add(1) + 1; }
-  std::uint64_t recorded() const { return words().recorded.load(); }
-
-  void Complete(std::uint64_t generation) const { Completed(generation) = generation; }
-
-  // Another process may complete it, so this looks again and again.
-  void Await(std::uint64_t generation) const {
-    while (Completed(generation).load() < generation) {
-      std::this_thread::sleep_for(microseconds(20));
-    }
-  }
-
-  EmulatedIpcHandle handle() const { return mapping_->handle(); }
-
-  // How many times it may be on streams at once.
-  static constexpr std::uint64_t kMaxPending = 64;
-
-  struct Words {
-    std::atomic<std::uint64_t> recorded;
-    std::array<std::atomic<std::uint64_t>, kMaxPending> completed;
-  };
-
- private:
-  std::atomic<std::uint64_t>& Completed(std::uint64_t generation) const {
-    return words().completed[generation % kMaxPending];
-  }
-  Words& words() const { return *static_cast<Words*>(mapping_->data()); }
-
-  std::shared_ptr<Mapping> mapping_;
-};
 
 class Stream {
  public:
@@ -260,6 +181,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorPeerAccessUnsupported:
+      return "peer access is not supported between these two devices";
+    case cudaErrorPeerAccessAlreadyEnabled:
+      return "peer access is already enabled";
     case cudaErrorInvalidResourceHandle:
       return "invalid resource handle";
     case cudaErrorLaunchFailure:
@@ -293,6 +218,12 @@ cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) {
+  return cudaErrorPeerAccessAlreadyEnabled;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new emulation::Stream();
   return cudaSuccess;
@@ -313,14 +244,15 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   if (emulation::is_capturing) return cudaErrorStreamCaptureUnsupported;
   if (event == nullptr) return cudaErrorInvalidResourceHandle;
   return emulation::Enqueue(stream, [awaited = *event, generation = event->recorded()] {
-    awaited.Await(generation);
-    return cudaSuccess;
+    return awaited.Await(generation);
   });
 }
 
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   constexpr std::size_t kBytes = sizeof(emulation::Event::Words);
-  return emulation::NewEvent(std::make_shared<emulation::Mapping>(kBytes), event);
+  const bool is_shared = (flags & cudaEventInterprocess) != 0;
+  return emulation::NewEvent(std::make_shared<emulation::Mapping>(kBytes, is_shared),
+                             event);
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -339,13 +271,12 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (emulation::is_capturing) return cudaErrorStreamCaptureUnsupported;
-  event->Await(event->recorded());
-  return cudaSuccess;
+  return event->Await(event->recorded());
 }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   if (emulation::is_capturing) return cudaErrorStreamCaptureUnsupported;
-  return emulation::TheMemory().Add(std::make_unique<emulation::Mapping>(bytes),
+  return emulation::TheMemory().Add(std::make_unique<emulation::Mapping>(bytes, true),
                                     memory);
 }
 
@@ -375,7 +306,8 @@ cudaError_t cudaIpcCloseMemHandle(void* memory) {
 }
 
 cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t* handle, cudaEvent_t event) {
-  handle->at = event->handle();
+  if (!event->mapping().is_shared()) return cudaErrorInvalidResourceHandle;
+  handle->at = event->mapping().handle();
   return cudaSuccess;
 }
 
