@@ -40,11 +40,17 @@ class Call:
         return self.binding == "mesh" and self.layout.num_ranks > 1
 
     @property
-    def processes(self) -> tuple[int, ...]:
-        """The indices of the processes that its devices are in, ascending; none if unknown."""
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The processes of each group of ranks, ascending: each such set once; none if unknown."""
         if self.devices is None:
             return ()
-        return tuple(sorted({device.process_index for device in self.devices.flat}))
+        process_of = np.vectorize(lambda device: device.process_index)(self.devices)
+        return tuple(sorted({tuple(sorted({*group})) for group in process_of.tolist()}))
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether ranks of some group are known to be in several processes."""
+        return any(len(group) > 1 for group in self.groups)
 
 
 class Operands(NamedTuple):

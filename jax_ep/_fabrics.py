@@ -30,7 +30,7 @@ GEOMETRY = ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity")
 
 
 _PARTIALS: dict[Op, tuple[str, ...]] = {REDUCE_ROWS: ("*partials",), REDUCE_SCALED: ("partials",)}
-"""One result more for each of their payloads of rows, where partial sums may be used."""
+"""One result more for each of their payloads of rows, where partial sums are made in results."""
 
 
 class Additions(NamedTuple):
@@ -176,14 +176,15 @@ def _refuses_gpus_of_one_process(call: Call) -> str | None:
 
 
 def _refuses_several_processes(call: Call) -> str | None:
-    if (count := len(call.processes)) > 1:
-        return f"it serves devices of one process, and these are in {count}"
+    if call.spans_processes:
+        count = max(map(len, call.groups))
+        return f"it serves ranks on devices of one process, and these are in {count}"
     return None
 
 
 def _refuses_one_process(call: Call) -> str | None:
-    if len(call.processes) < 2:
-        return "it serves devices of several processes, and these are in one"
+    if not call.spans_processes:
+        return "it serves ranks on devices of several processes, and these are in one"
     return None
 
 
@@ -196,22 +197,20 @@ def _add_workspace(call: Call, operands: Operands) -> Additions:
     return Additions(results=[result_type((words,), jnp.int32, operands.payloads[0])])
 
 
-def _add_workspace_and_members(call: Call, operands: Operands) -> Additions:
-    return _add_workspace(call, operands)._replace(
-        attributes=_add_members(call, operands).attributes
-    )
-
-
-def _add_to_gpus_of_one_process(call: Call, operands: Operands) -> Additions:
+def _add_to_gpus(call: Call, operands: Operands, *, in_windows: bool) -> Additions:
+    layout, members = call.layout, _processes.members(call.devices)
     if call.op not in _PARTIALS:
-        return _add_workspace_and_members(call, operands)
+        return _add_workspace(call, operands)._replace(attributes=[members])
     # Of either form, so that the library reads one kind of call.
     pulled = operands.payloads if call.op is REDUCE_ROWS else operands.payloads[:1]
     weights = operands.payloads[len(pulled) :]
-    use = _partial_sums.use(call.layout, pulled, are_weighted=bool(weights))
-    gathered = [jax.lax.all_gather(w, call.layout.axis_name) if use else w for w in weights]
-    partials = [result_type(rows.shape if use else (1,), rows.dtype, rows) for rows in pulled]
-    return Additions(gathered, partials, [_processes.members(call.devices), np.int64(use)])
+    use = _partial_sums.use(layout, pulled, are_weighted=bool(weights), in_windows=in_windows)
+    gathered = [jax.lax.all_gather(w, layout.axis_name) if use else w for w in weights]
+    room = min(layout.capacity, layout.num_ranks * layout.num_tokens)
+    partials = [
+        result_type((room, rows.shape[-1]) if use else (1,), rows.dtype, rows) for rows in pulled
+    ]
+    return Additions(gathered, [] if in_windows else partials, [members, np.int64(use)])
 
 
 def _add_members(call: Call, _: Operands) -> Additions:
@@ -223,6 +222,18 @@ def _add_agreement(call: Call, operands: Operands) -> Additions:
     kind = _processes.kind(call, operands)
     numbers = _processes.agree(call, operands, members, kind)
     return Additions(operands=[numbers], attributes=[members, kind])
+
+
+def _workspace(op: Op) -> tuple[str, ...]:
+    return ("workspace",) if op is PLAN else ()
+
+
+def _gathered(op: Op) -> tuple[str, ...]:
+    return ("gathered",) if op is REDUCE_SCALED else ()
+
+
+def _members_and_sums(op: Op) -> tuple[str, ...]:
+    return ("members", "partial_sums") if op in _PARTIALS else ("members",)
 
 
 FABRICS: tuple[Fabric, ...] = (
@@ -246,7 +257,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="cpu",
         serves="ranks on the CPU devices of several processes of one host",
         refuses=_refuses_one_process,
-        join=lambda call: _processes.join(call.processes, "cpu"),
+        join=lambda call: _processes.join(call.groups, "cpu"),
         adds=_add_agreement,
         operands=lambda _: ("numbers",),
         attributes=lambda _: ("members", "kind"),
@@ -258,26 +269,27 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_on_gpu,
         reads_place=False,
         adds=_add_workspace,
-        results=lambda op: ("workspace",) if op is PLAN else (),
+        results=_workspace,
     ),
     Fabric(
         name="devices",
         platform="gpu",
         serves="ranks on GPUs of one process that can read each other's memory",
         refuses=_refuses_gpus_of_processes,
-        adds=_add_to_gpus_of_one_process,
-        operands=lambda op: ("gathered",) if op is REDUCE_SCALED else (),
+        adds=functools.partial(_add_to_gpus, in_windows=False),
+        operands=_gathered,
         results=lambda op: ("workspace",) if op is PLAN else _PARTIALS.get(op, ()),
-        attributes=lambda op: ("members", "partial_sums") if op in _PARTIALS else ("members",),
+        attributes=_members_and_sums,
     ),
     Fabric(
         name="processes",
         platform="gpu",
         serves="ranks on GPUs of several processes of one host that can read each other's memory",
         refuses=_refuses_gpus_of_one_process,
-        join=lambda call: _processes.join(call.processes, "gpu"),
-        adds=_add_workspace_and_members,
-        results=lambda op: ("workspace",) if op is PLAN else (),
-        attributes=lambda _: ("members",),
+        join=lambda call: _processes.join(call.groups, "gpu"),
+        adds=functools.partial(_add_to_gpus, in_windows=True),
+        operands=_gathered,
+        results=_workspace,
+        attributes=_members_and_sums,
     ),
 )

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ from jax_ep._types import Platform
 _PROBLEM_BYTES = 512
 _HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
 _join_lock = threading.Lock()
-_joined: dict[tuple[Platform, tuple[int, ...]], "Refusal | None"] = {}
+_joined: dict[tuple[Platform, "Groups"], "Refusal | None"] = {}
+
+
+Groups: TypeAlias = tuple[tuple[int, ...], ...]
+"""The processes that the ranks of each group are in, by their indices in the job."""
 
 
 class Refusal(NamedTuple):
@@ -85,14 +89,14 @@ def agree(call: Call, operands: Operands, members: np.ndarray, kind: np.int64) -
     )
 
 
-def join(processes: tuple[int, ...], platform: Platform) -> Refusal | None:
-    """Lets a platform's native code in these processes reach each other, this one among them.
+def join(groups: Groups, platform: Platform) -> Refusal | None:
+    """Lets a platform's native code reach the processes of which there are ranks in one group.
 
-    Each of them must call it for the same processes, and waits until all have; from then on it
-    returns at once. If some did not come in time, it may be called again.
+    Each process of any group must call it for the same groups, and waits until all have; from then
+    on it returns at once. If some did not come in time, it may be called again.
 
     Args:
-      processes: their indices in the job, ascending.
+      groups: whom to reach; this process is in some of them.
       platform: that of their devices.
 
     Returns:
@@ -101,30 +105,33 @@ def join(processes: tuple[int, ...], platform: Platform) -> Refusal | None:
     Raises:
       TimeoutError: one of them did not call it in time.
     """
-    key = (platform, processes)
+    key = (platform, groups)
     with _join_lock:
         if key not in _joined:
-            _joined[key] = _join(processes, platform)
+            _joined[key] = _join(groups, platform)
         return _joined[key]
 
 
-def _join(processes: tuple[int, ...], platform: Platform) -> Refusal | None:
+def _join(groups: Groups, platform: Platform) -> Refusal | None:
     if distributed_client() is None:
         return _failed("this job has several processes without jax.distributed")
     register_handlers(platform)
-    job = f"{platform}/{'-'.join(map(str, processes))}"
+    processes = tuple(sorted({process for group in groups for process in group}))
+    job = f"{platform}/{'-'.join(map(str, processes))}/{zlib.crc32(repr(groups).encode()):x}"
     seconds = library(platform).jax_ep_wait_timeout()
     until = Deadline(time.monotonic() + seconds, seconds)
     told = _tell_all(f"{job}/place", json.dumps(_place(platform)), processes, until)
-    places = [json.loads(text) for text in told]
+    places = {p: json.loads(text) for p, text in zip(processes, told, strict=True)}
     # All decide by the same facts; what only one of them can know it tells the others.
-    for process, place in zip(processes, places, strict=True):
+    for process, place in places.items():
         if place["problem"]:
             return _failed(f"process {process} cannot share memory: {place['problem']}")
-    hosts = {tuple(place["host"]) for place in places}
-    if len(hosts) > 1:
-        return Refusal(f"it serves processes of one host, and these are on {len(hosts)}")
-    reached = _reach_all(processes, places, platform)
+    hosts = max(len({tuple(places[process]["host"]) for process in group}) for group in groups)
+    if hosts > 1:
+        return Refusal(f"it serves processes of one host, and these are on {hosts}")
+    here = jax.process_index()
+    peers = {process for group in groups if here in group for process in group}
+    reached = _reach_all({process: places[process] for process in sorted(peers)}, platform)
     problems = _tell_all(f"{job}/problem", reached, processes, until)
     return next((_failed(problem) for problem in problems if problem), None)
 
@@ -166,11 +173,11 @@ def _host() -> list[str]:
     return [boot, os.readlink("/proc/self/ns/pid"), str(os.getuid())]
 
 
-def _reach_all(processes: tuple[int, ...], places: list[dict], platform: Platform) -> str:
-    """Reaches for what the others show; returns what cannot be reached, or nothing."""
+def _reach_all(places: dict[int, dict], platform: Platform) -> str:
+    """Reaches for what processes show at their places; returns what cannot be reached, if any."""
     here = jax.process_index()
     problem = ctypes.create_string_buffer(_PROBLEM_BYTES)
-    for process, place in zip(processes, places, strict=True):
+    for process, place in places.items():
         address = (ctypes.c_int32 * 2)(*place["address"])
         if not library(platform).jax_ep_open_board(process, address, problem, _PROBLEM_BYTES):
             return f"process {here} cannot reach process {process}: {problem.value.decode()}"

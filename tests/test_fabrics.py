@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
-from implementations import AXIS, over_devices, require, stacked
+from implementations import AXIS, EMULATED, over_devices, require, stacked
 
 import jax_ep
 from jax_ep import _fabrics, _info, _library
 from jax_ep._ops import OPS
 from jax_ep._plan import PlanArrays
+from jax_ep._types import Platform
 
 TOPK_IDX = np.arange(24, dtype=np.int32).reshape(4, 3, 2) % 8
 X = np.arange(4 * 3 * 5, dtype=np.float32).reshape(4, 3, 5)
-CPU = [fabric for fabric in _fabrics.FABRICS if fabric.platform == "cpu"]
+HERE: Platform = "gpu" if EMULATED else "cpu"
 NOWHERE = _fabrics.Fabric(
-    name="nowhere", platform="cpu", serves="nothing", refuses=lambda _: "it serves nothing"
+    name="nowhere", platform=HERE, serves="nothing", refuses=lambda _: "it serves nothing"
 )
 
 
@@ -52,7 +53,7 @@ def test_the_library_reads_what_python_passes(fabric: _fabrics.Fabric, op: objec
 
 
 def test_every_handler_has_a_row() -> None:
-    rows = {fabric.target(op) for fabric in CPU for op in OPS}
+    rows = {fabric.target(op) for fabric in _fabrics.fabrics_for("cpu") for op in OPS}
     assert set(_library.describe_handlers("cpu")) == rows | {"jax_ep_roll_call"}
 
 
@@ -69,7 +70,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
     """It would take what it is passed for something else."""
     described = {
         name: handler | {"results": handler["results"][1:]}
-        for name, handler in _library.describe_handlers("cpu").items()
+        for name, handler in _library.describe_handlers(HERE).items()
     }
     monkeypatch.setattr(_fabrics, "describe_handlers", lambda _: described)
     _library.warn_once.cache_clear()
@@ -88,7 +89,7 @@ def test_one_more_fabric_that_refuses_everything(
     handlers = {
         NOWHERE.target(op): NOWHERE.signature(op) | {"stages": {"execute": "none"}} for op in OPS
     }
-    described = _library.describe_handlers("cpu") | handlers
+    described = _library.describe_handlers(HERE) | handlers
     expected = jax.jit(stacked(layer, 4))(TOPK_IDX, X)
     monkeypatch.setattr(_fabrics, "FABRICS", tuple(rows))
     monkeypatch.setattr(_fabrics, "describe_handlers", lambda _: described)
@@ -100,7 +101,8 @@ def test_one_more_fabric_that_refuses_everything(
 
 
 def test_where_all_refuse_each_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [dataclasses.replace(f, refuses=NOWHERE.refuses) for f in CPU]
+    here = _fabrics.fabrics_for(HERE)
+    others = [dataclasses.replace(fabric, refuses=NOWHERE.refuses) for fabric in here]
     monkeypatch.setattr(_fabrics, "FABRICS", tuple(others))
     with pytest.raises(NotImplementedError, match="stacked: it serves nothing; devices: it"):
         jax_ep.make_plan(TOPK_IDX[0], num_experts=8, implementation="native")

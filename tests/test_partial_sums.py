@@ -92,9 +92,9 @@ def test_several_arrays_in_one_exchange(gpus: Row) -> None:
 
 def layout(**sizes: int) -> Layout:
     shape = {"num_ranks": 8, "num_experts": 64, "num_tokens": 4096, "num_topk": 8} | sizes
+    shape.setdefault("capacity", max(1, shape["num_tokens"] * shape["num_topk"]))
     return Layout(
         **shape,
-        capacity=1,
         alignment=1,
         tail="zero",
         axis_name=AXIS,
@@ -123,8 +123,22 @@ ROW_BYTES = 7168 * 2
     ],
 )
 def test_what_is_saved(sizes: dict[str, int], saves: bool) -> None:
-    seconds = _partial_sums.saved_seconds(layout(**sizes), [ROW_BYTES], are_weighted=True)
-    assert (seconds > 0) == saves
+    assert (_saved(layout(**sizes)) > 0) == saves
+
+
+def test_windows_save_copies() -> None:
+    """Even where no two choices meet on a rank, sums are no slower to write than copies."""
+    alone = layout(num_experts=8, num_topk=4)
+    assert _saved(alone) < 0 <= _saved(alone, are_weighted=False, in_windows=True)
+    # Weights are gathered first, which takes longer than copying next to nothing.
+    few = layout(num_tokens=16, capacity=128)
+    assert _saved(few, in_windows=True) < 0 < _saved(few, are_weighted=False, in_windows=True)
+
+
+def _saved(layout: Layout, *, are_weighted: bool = True, in_windows: bool = False) -> float:
+    return _partial_sums.saved_seconds(
+        layout, [ROW_BYTES], are_weighted=are_weighted, in_windows=in_windows
+    )
 
 
 def test_ranks_of_a_token() -> None:

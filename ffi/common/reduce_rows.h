@@ -15,6 +15,13 @@ namespace cpu {
 class PlanFault;
 }
 
+// What a rank pulls from one on which a token has choices.
+enum class Pulled : std::uint8_t {
+  kRows,           // a row for each
+  kSumsOfSeveral,  // the partial sum of several; if it is one, its row
+  kSums,           // a partial sum in any case
+};
+
 // One rank pulls its tokens' rows from the ranks of their experts and adds them up:
 // `combine`, and, with unit weights, the gradient of `dispatch`.
 //
@@ -36,12 +43,12 @@ struct ReduceRowsArgs {
   std::int64_t hidden;
   DType dtype;                      // of rows and out
   cpu::PlanFault* fault = nullptr;  // or null; of use on the CPU alone
-  // Whether ranks with several of a token's rows lend the partial sums of these, as
-  // partial_sums.h says where: pulled in place of them. Of use on a GPU alone.
-  bool of_partials = false;
-  // [capacity, hidden], read if of_partials. As others need not name it:
-  // NOLINTNEXTLINE(readability-redundant-member-init)
+  // Other than kRows on a GPU alone.
+  Pulled pulled = Pulled::kRows;
+  // The partial sums of all ranks, which stand where partial_sums.h says. As those need
+  // not name them that pull rows: NOLINTNEXTLINE(readability-redundant-member-init)
   PeerTable partials = PeerTable();
+  std::int64_t first_token = 0;  // the rank's first one's number among those of all
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {
@@ -50,6 +57,7 @@ struct ReduceRowsArgs {
     args.send_rank += i * num_tokens * num_topk;
     args.send_row += i * num_tokens * num_topk;
     args.out = static_cast<char*>(out) + i * num_tokens * hidden * ByteWidth(dtype);
+    args.first_token += i * num_tokens;
     return args;
   }
 };

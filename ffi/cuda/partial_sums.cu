@@ -68,11 +68,11 @@ struct RunningSums {
   typename E::Sum at[kLoadsInFlight][count];
 };
 
-// Adds up the rows of entries [first, end), which are one token's, by the threads of a
+// Adds up the rows of entries [first, end), which are this token's, by the threads of a
 // block that share the elements. In ascending k, as the receive list is.
 template <typename E, int count>
-__device__ void SumEntries(const PartialSumsArgs& args, std::int64_t first,
-                           std::int64_t end) {
+__device__ void SumEntries(const PartialSumsArgs& args, std::int32_t token,
+                           std::int64_t first, std::int64_t end) {
   const std::int64_t row_bytes = args.hidden * ByteWidth(args.dtype);
   const auto hidden = static_cast<int>(args.hidden);
   const int step = static_cast<int>(blockDim.x) * count;
@@ -89,25 +89,28 @@ __device__ void SumEntries(const PartialSumsArgs& args, std::int64_t first,
       sums.Add(static_cast<const char*>(args.rows) + row * row_bytes, weight, hidden);
     }
     if (to == kDropped) return;
+    if (StandByToken(args)) to = token;
     sums.Write(static_cast<char*>(args.partials) + to * row_bytes, hidden);
   }
 }
 
 // A rank's blocks share the receive list. Each takes entries that are the first of
-// several of their token; its threads wait nowhere for each other.
+// their token and, unless all have a sum, not the last; its threads wait nowhere for
+// each other.
 template <typename E, int count>
 __global__ void __launch_bounds__(kThreads, 1)
     SumPartialsKernel(const __grid_constant__ ArgsWithWeights first) {
   const PartialSumsArgs args = first.OfStacked(blockIdx.x);
   const std::int64_t entries = std::clamp<std::int64_t>(
       WarpTotal(args.recv_counts, args.num_ranks), 0, args.capacity);
-  for (std::int64_t entry = blockIdx.y; entry + 1 < entries; entry += gridDim.y) {
+  for (std::int64_t entry = blockIdx.y; entry < entries; entry += gridDim.y) {
     const std::int32_t token = TokenOf(args, entry);
-    if (token == kNoToken || TokenOf(args, entry + 1) != token) continue;
+    if (token == kNoToken) continue;
     if (entry > 0 && TokenOf(args, entry - 1) == token) continue;
-    std::int64_t end = entry + 2;
+    std::int64_t end = entry + 1;
     while (end < entries && TokenOf(args, end) == token) ++end;
-    SumEntries<E, count>(args, entry, end);
+    if (end == entry + 1 && !args.all) continue;
+    SumEntries<E, count>(args, token, entry, end);
   }
 }
 

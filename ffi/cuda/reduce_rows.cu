@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dropped.h"
+#include "common/partial_sums.h"
 #include "common/plan_bounds.h"
 #include "cuda/device.h"
 #include "cuda/elements.h"
@@ -63,9 +64,19 @@ __device__ void ListTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& ter
   if (Lane() == 0) terms.count = count;
 }
 
-// Of a rank's several terms keeps one, the partial sum that it lends at the row of the
-// first. By one warp.
-__device__ void MergeTerms(const ReduceRowsArgs& args, Terms& terms) {
+// The partial sum of token t that a rank lends, whose first row there is `row`.
+__device__ const void* PartialSum(const ReduceRowsArgs& args, std::int64_t t,
+                                  std::int32_t rank, const char* row) {
+  const auto* partials = static_cast<const char*>(args.partials[rank]);
+  if (!StandByToken(args)) {
+    return partials + (row - static_cast<const char*>(args.rows[rank]));
+  }
+  return partials + (args.first_token + t) * args.hidden * ByteWidth(args.dtype);
+}
+
+// Of a rank's several terms of token t keeps one, the partial sum that it lends. By one
+// warp.
+__device__ void MergeTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& terms) {
   __syncwarp();
   const int count = terms.count;
   std::int32_t before = kDropped;  // the rank of the term before this warp's next ones
@@ -84,10 +95,9 @@ __device__ void MergeTerms(const ReduceRowsArgs& args, Terms& terms) {
     const int end = merged + static_cast<int>(WarpScan(is_first ? 1 : 0));
     __syncwarp();  // All have read what these places held; none is above i.
     if (is_first) {
-      const auto* rows = static_cast<const char*>(args.rows[rank]);
-      const auto* partials = static_cast<const char*>(args.partials[rank]);
-      terms.row[end - 1] = has_more ? partials + (row - rows) : row;
-      terms.weight[end - 1] = has_more ? 1.0F : weight;
+      const bool is_summed = has_more || args.pulled == Pulled::kSums;
+      terms.row[end - 1] = is_summed ? PartialSum(args, t, rank, row) : row;
+      terms.weight[end - 1] = is_summed ? 1.0F : weight;
       terms.rank[end - 1] = rank;
     }
     merged = __shfl_sync(kAllLanes, end, kWarpSize - 1);
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
        t += gridDim.y) {
     if (WarpInBlock() == 0) {
       ListTerms(args, t, terms);
-      if (args.of_partials) MergeTerms(args, terms);
+      if (args.pulled != Pulled::kRows) MergeTerms(args, t, terms);
     }
     __syncthreads();
     char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);

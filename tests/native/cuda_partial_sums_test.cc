@@ -38,13 +38,14 @@ std::map<std::pair<std::size_t, std::int32_t>, std::vector<std::size_t>> Choices
 class Exchange {
  public:
   Exchange(const StackedRanks& ranks, DType dtype, std::int64_t hidden, bool weighted,
-           std::mt19937_64& rng)
+           bool all, std::mt19937_64& rng)
       : ranks_(ranks),
         hidden_(hidden),
         weighted_(weighted),
+        all_(all),
         rows_(ranks.RowsOfChoices(dtype, hidden, rng)),
         weights_(DType::kF32, ranks.num_choices()),
-        partials_(ranks.num_rows() * row_bytes(), rng),
+        partials_(num_partials() * row_bytes(), rng),
         has_addresses_(rng() % 2 == 0) {
     weights_.FillRandomly(rng);
     if (rng() % 3 != 0) return;
@@ -54,6 +55,9 @@ class Exchange {
 
   DType dtype() const { return rows_.dtype(); }
   std::int64_t row_bytes() const { return hidden_ * ByteWidth(dtype()); }
+  std::int64_t num_partials() const {
+    return ranks_.geometry.num_ranks * NumPartials(ranks_.geometry);
+  }
 
   bool SumPartials() {
     const Geometry& geometry = ranks_.geometry;
@@ -71,15 +75,16 @@ class Exchange {
                            .capacity = geometry.capacity,
                            .hidden = hidden_,
                            .dtype = dtype(),
-                           .weighted = weighted_},
+                           .weighted = weighted_,
+                           .all = all_},
                           geometry.num_ranks, nullptr));
   }
 
-  void ReduceRows(bool of_partials, Output<char>& out) {
+  void ReduceRows(Pulled pulled, Output<char>& out) {
     const Geometry& geometry = ranks_.geometry;
-    const std::int64_t bytes = geometry.capacity * row_bytes();
-    const StackedPeers rows = Peers(rows_.at(0), bytes);
-    const StackedPeers partials = Peers(partials_.data(), bytes);
+    const StackedPeers rows = Peers(rows_.at(0), geometry.capacity * row_bytes());
+    const StackedPeers partials =
+        Peers(partials_.data(), NumPartials(geometry) * row_bytes());
     const auto* weights = static_cast<const float*>(weights_.at(0));
     EP_CHECK_RAN(cuda::ReduceRows({.rows = rows.table(),
                                    .weights = weighted_ ? weights : nullptr,
@@ -92,7 +97,7 @@ class Exchange {
                                    .capacity = geometry.capacity,
                                    .hidden = hidden_,
                                    .dtype = dtype(),
-                                   .of_partials = of_partials,
+                                   .pulled = pulled,
                                    .partials = partials.table()},
                                   geometry.num_ranks, nullptr));
   }
@@ -101,8 +106,13 @@ class Exchange {
   void CheckPartials(const Output<char>& before) const {
     Output<char> wanted = before;
     for (const auto& [where, choices] : ChoicesByRank(ranks_)) {
-      if (choices.size() < 2) continue;
-      const std::int64_t to = StartOf(choices[0]);
+      if (choices.size() < 2 && !all_) continue;
+      const auto [token, rank] = where;
+      const std::int64_t to = StandByToken(ranks_.geometry)
+                                  ? (rank * NumPartials(ranks_.geometry) +
+                                     static_cast<std::int64_t>(token)) *
+                                        hidden_
+                                  : StartOf(choices[0]);
       std::vector<Summand> summands;
       for (const std::size_t choice : choices) {
         const double weight =
@@ -110,7 +120,7 @@ class Exchange {
         summands.push_back({.rows = &rows_,
                             .start = StartOf(choice),
                             .weight = static_cast<float>(weight),
-                            .rank = where.second});
+                            .rank = rank});
       }
       for (std::int64_t h = 0; h < hidden_; ++h) {
         const double sum = ReferenceSum(dtype(), summands, h);
@@ -120,15 +130,15 @@ class Exchange {
                     sum == 0 ? std::copysign(sum, got) : sum);
       }
     }
-    CheckSameNumbers(dtype(), partials_.data(), wanted.data(),
-                     ranks_.num_rows() * hidden_, hidden_);
+    CheckSameNumbers(dtype(), partials_.data(), wanted.data(), num_partials() * hidden_,
+                     hidden_);
     EP_CHECK(partials_.IsIntactBehind());
   }
 
   // What is added up already, nobody may pull once more.
   void SpoilSummedRows() {
     for (const auto& [where, choices] : ChoicesByRank(ranks_)) {
-      if (choices.size() < 2) continue;
+      if (choices.size() < 2 && !all_) continue;
       for (const std::size_t choice : choices) {
         for (std::int64_t h = 0; h < hidden_; ++h) {
           rows_.Set(StartOf(choice) + h, 1000 + static_cast<double>(h));
@@ -154,6 +164,7 @@ class Exchange {
   const StackedRanks& ranks_;
   std::int64_t hidden_;
   bool weighted_;
+  bool all_;
   Numbers rows_;
   Numbers weights_;
   Output<char> partials_;
@@ -161,21 +172,21 @@ class Exchange {
 };
 
 void CheckSums(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
-               bool weighted, std::mt19937_64& rng) {
+               bool weighted, bool all, std::mt19937_64& rng) {
   const std::uint64_t seed = rng();
   const Case which(std::string(Name(dtype)) + " H=" + Show(hidden) +
-                   " weighted=" + Show(weighted) + " " + ranks.geometry.Text() +
-                   " seed=" + Show(seed));
+                   " weighted=" + Show(weighted) + " all=" + Show(all) + " " +
+                   ranks.geometry.Text() + " seed=" + Show(seed));
   emulation::SetSeed(seed);
-  Exchange exchange(ranks, dtype, hidden, weighted, rng);
+  Exchange exchange(ranks, dtype, hidden, weighted, all, rng);
   const Output<char> before = exchange.partials();
   Output<char> out(ranks.num_tokens() * exchange.row_bytes(), rng);
   Output<char> wanted = out;
-  exchange.ReduceRows(false, wanted);
+  exchange.ReduceRows(Pulled::kRows, wanted);
   if (!exchange.SumPartials()) return;
   exchange.CheckPartials(before);
   exchange.SpoilSummedRows();
-  exchange.ReduceRows(true, out);
+  exchange.ReduceRows(all ? Pulled::kSums : Pulled::kSumsOfSeveral, out);
   CheckSameNumbers(dtype, out.data(), wanted.data(), ranks.num_tokens() * hidden,
                    hidden);
   EP_CHECK(out.IsIntactBehind());
@@ -185,8 +196,10 @@ void CheckAllRoutings(const Geometry& geometry, DType dtype, std::int64_t hidden
                       std::mt19937_64& rng) {
   for (const Routing routing : kAllRoutings) {
     const StackedRanks ranks(geometry, routing, rng);
-    CheckSums(ranks, dtype, hidden, false, rng);
-    CheckSums(ranks, dtype, hidden, true, rng);
+    for (const bool all : {false, true}) {
+      CheckSums(ranks, dtype, hidden, false, all, rng);
+      CheckSums(ranks, dtype, hidden, true, all, rng);
+    }
   }
 }
 

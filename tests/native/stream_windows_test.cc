@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstddef>
@@ -56,6 +57,20 @@ void PutFilling(Gpu& gpu, std::int64_t rank, std::int64_t turn) {
   });
 }
 
+// In some turns the first buffer is made in the window, by all ranks.
+bool IsMadeThere(std::int64_t turn) { return turn % 3 == 1; }
+
+void MakeThere(Gpu& gpu, std::int64_t rank, std::int64_t turn, StreamCall& call) {
+  call.attendance.lent[0].data = nullptr;
+  call.prepare = [&gpu, rank, turn](const std::vector<void*>& places) {
+    auto* numbers = static_cast<std::uint64_t*>(places[0]);
+    return emulation::Enqueue(gpu.stream, [numbers, rank, turn] {
+      std::fill_n(numbers, NumbersIn(turn), NumberOf(rank, turn, 0));
+      return cudaSuccess;
+    });
+  };
+}
+
 StreamCall MakeCall(Gpu& gpu, std::int64_t rank, std::int64_t turn,
                     std::shared_ptr<const Span> span) {
   const std::size_t count = NumbersIn(turn);
@@ -73,6 +88,7 @@ StreamCall MakeCall(Gpu& gpu, std::int64_t rank, std::int64_t turn,
   call.attendance.span = std::move(span);
   call.stream = gpu.stream;
   call.window = &gpu.window;
+  if (IsMadeThere(turn)) MakeThere(gpu, rank, turn, call);
   call.launch = [&gpu, count, num_ranks](const PeerTables& tables) {
     std::vector<const void*> peers(tables[0], tables[0] + num_ranks);
     peers.insert(peers.end(), tables[1], tables[1] + num_ranks);

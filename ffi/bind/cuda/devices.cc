@@ -16,6 +16,9 @@ namespace jax_ep {
 namespace {
 
 template <typename Op>
+using OnDevices = WithPartialSums<Op, SumsPlace::kResult>;
+
+template <typename Op>
 Launched ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
                          cudaStream_t stream, ffi::RemainingArgs operands,
                          ffi::RemainingRets results, ffi::Dictionary attributes) {
@@ -28,9 +31,9 @@ Launched ExchangeDevices(CallSite* site, ffi::RunId run, std::int32_t device,
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_DEVICES(name, Op)                                                   \
-  EP_DEFINE_GPU_HANDLER(name, devices,                                                \
-                        jax_ep::ExchangeDevices<jax_ep::WithPartialSums<jax_ep::Op>>, \
-                        jax_ep::AskGpus<jax_ep::WithPartialSums<jax_ep::Op>>)
+#define EP_DEFINE_DEVICES(name, Op)                                             \
+  EP_DEFINE_GPU_HANDLER(name, devices,                                          \
+                        jax_ep::ExchangeDevices<jax_ep::OnDevices<jax_ep::Op>>, \
+                        jax_ep::AskGpus<jax_ep::OnDevices<jax_ep::Op>>)
 
 EP_FOR_EACH_GPU_OP(EP_DEFINE_DEVICES)

@@ -45,10 +45,11 @@ struct GpuCall {
   StreamCall on_stream;
 };
 
-// What the rank of a call that was read does with its peers.
-template <typename Op>
+// What the rank of a call that was read does with its peers. `add_span(arrival, call)`
+// adds what it knows of those in other processes.
+template <typename Op, typename AddSpan>
 std::shared_ptr<GpuCall<Op>> MakeCall(typename Op::Call call, const Whereabouts& where,
-                                      const GpuArrival& arrival) {
+                                      const GpuArrival& arrival, AddSpan add_span) {
   auto made = std::make_shared<GpuCall<Op>>();
   made->call = std::move(call);
   Attendance& attendance = made->on_stream.attendance;
@@ -58,8 +59,15 @@ std::shared_ptr<GpuCall<Op>> MakeCall(typename Op::Call call, const Whereabouts&
   attendance.print = {.op = where.call, .rows = 0, .row_bytes = 0};
   attendance.rank = arrival.role.rank;
   attendance.num_ranks = static_cast<std::int32_t>(where.num_ranks);
-  AddLent(Op::LentBy(made->call), attendance);
   made->on_stream.stream = arrival.stream;
+  add_span(arrival, made->on_stream);
+  if constexpr (requires { &Op::Prepare; }) {
+    Op::SetPlace(made->call, attendance.rank, made->on_stream.window != nullptr);
+    made->on_stream.prepare = [&of = *made](const std::vector<void*>& places) {
+      return Op::Prepare(of.call, places, of.on_stream.stream);
+    };
+  }
+  AddLent(Op::LentBy(made->call), attendance);
   made->on_stream.launch = [&of = *made](const PeerTables& tables) {
     const std::vector<PeerTable> peers(tables.begin(), tables.end());
     Op::SetPeers(of.call, peers);
@@ -70,8 +78,7 @@ std::shared_ptr<GpuCall<Op>> MakeCall(typename Op::Call call, const Whereabouts&
 
 ffi::Error ErrorOf(const std::optional<StreamFailure>& failure);
 
-// Has a call take part in its exchange, once `add_span(arrival, call)` has added what
-// it knows of peers in other processes.
+// Has a call take part in its exchange.
 template <typename Op, typename AddSpan>
 Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) {
   typename Op::Call call = Op::Read(reader);
@@ -84,13 +91,8 @@ Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) 
   arrival.role = *role;
   arrival.group = FindGroup(reader, arrival.device, *role);
   if (reader.failed()) return NotLaunched(reader.error());
-  const auto made = MakeCall<Op>(std::move(call), where, arrival);
-  add_span(arrival, made->on_stream);
+  const auto made = MakeCall<Op>(std::move(call), where, arrival, add_span);
   return OnLaunchThread(arrival.stream, [made] {
-    if constexpr (requires { &Op::Prepare; }) {
-      const cudaError_t error = Op::Prepare(made->call, made->on_stream.stream);
-      if (error != cudaSuccess) return CudaError(error);
-    }
     return ErrorOf(ExchangeOnStreams(ProcessMeetingPoint(), made->on_stream));
   });
 }

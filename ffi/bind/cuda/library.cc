@@ -32,16 +32,13 @@ int jax_ep_cuda_version() { return CUDART_VERSION; }
 
 std::int64_t jax_ep_max_peers() { return jax_ep::cuda::kMaxPeers; }
 
-// Looks for two of these devices of which the first cannot read the memory of the
-// second; returns whether there are such, and which.
+// Lets these devices read each other's memory, and looks for two of which the first
+// cannot read the second's; returns whether there are such, and which.
 int jax_ep_strangers(const std::int32_t* devices, std::int32_t count,
                      std::int32_t* strangers) {
   for (std::int32_t i = 0; i < count; ++i) {
     for (std::int32_t j = 0; j < count; ++j) {
-      int can = 0;
-      if (i == j) continue;
-      if (cudaDeviceCanAccessPeer(&can, devices[i], devices[j]) == cudaSuccess && can)
-        continue;
+      if (i == j || jax_ep::ReachPeer(devices[i], devices[j]) == cudaSuccess) continue;
       strangers[0] = devices[i];
       strangers[1] = devices[j];
       return 1;

@@ -14,6 +14,7 @@
 #include "bind/cuda/gpu_call.h"
 #include "bind/cuda/kernels.h"
 #include "bind/cuda/launch_thread.h"
+#include "bind/cuda/partial_sums.h"
 #include "bind/ops.h"
 #include "bind/process/call_site.h"
 #include "bind/process/process.h"
@@ -21,6 +22,9 @@
 
 namespace jax_ep {
 namespace {
+
+template <typename Op>
+using BetweenProcesses = WithPartialSums<Op, SumsPlace::kWindow>;
 
 // The window of a rank in the exchanges of its group, which one channel carries out.
 // Where a rank may come to one call before it is done with another, each has its own.
@@ -65,8 +69,10 @@ Launched ExchangeProcesses(CallSite* site, ffi::RunId run, std::int32_t device,
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_PROCESSES(name, Op)                                           \
-  EP_DEFINE_GPU_HANDLER(name, processes, jax_ep::ExchangeProcesses<jax_ep::Op>, \
-                        jax_ep::AskGpus<jax_ep::Op>)
+#define EP_DEFINE_PROCESSES(name, Op)                                  \
+  EP_DEFINE_GPU_HANDLER(                                               \
+      name, processes,                                                 \
+      jax_ep::ExchangeProcesses<jax_ep::BetweenProcesses<jax_ep::Op>>, \
+      jax_ep::AskGpus<jax_ep::BetweenProcesses<jax_ep::Op>>)
 
 EP_FOR_EACH_GPU_OP(EP_DEFINE_PROCESSES)

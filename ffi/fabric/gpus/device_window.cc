@@ -18,15 +18,26 @@ HalfLayout DeviceWindow::LayoutOf(const std::vector<Lent>& lent) {
   return HalfLayout(sizes);
 }
 
-cudaError_t DeviceWindow::Publish(const std::vector<Lent>& lent, cudaStream_t stream,
-                                  WindowNote& note) {
+cudaError_t DeviceWindow::MakeRoom(const std::vector<Lent>& lent,
+                                   std::vector<void*>& places) {
   Half& half = Current();
   const HalfLayout layout = LayoutOf(lent);
   cudaError_t error = MakeEvent(half);
   if (error == cudaSuccess) error = Reserve(half, layout.BytesOf(1));
   for (std::size_t i = 0; i < lent.size() && error == cudaSuccess; ++i) {
+    places.push_back(layout.Place(static_cast<char*>(half.memory), 0, i));
+  }
+  return error;
+}
+
+cudaError_t DeviceWindow::Publish(const std::vector<Lent>& lent, cudaStream_t stream,
+                                  WindowNote& note) {
+  Half& half = Current();
+  const HalfLayout layout = LayoutOf(lent);
+  cudaError_t error = cudaSuccess;
+  for (std::size_t i = 0; i < lent.size() && error == cudaSuccess; ++i) {
     void* place = layout.Place(static_cast<char*>(half.memory), 0, i);
-    if (place == nullptr) continue;
+    if (place == nullptr || place == lent[i].data) continue;
     error = cudaMemcpyAsync(place, lent[i].data,
                             static_cast<std::size_t>(lent[i].shared_bytes),
                             cudaMemcpyDeviceToDevice, stream);

@@ -42,8 +42,12 @@ class DeviceWindow {
   // Where a half has what its one rank lends.
   static HalfLayout LayoutOf(const std::vector<Lent>& lent);
 
-  // Puts copies of what is lent into the next half, and fills in the note for the
-  // others.
+  // Makes room for what is lent in the next half, and says where: null for what is not
+  // shared.
+  cudaError_t MakeRoom(const std::vector<Lent>& lent, std::vector<void*>& places);
+
+  // Puts copies of what is lent there, but for what lies there, and fills in the note
+  // for the others.
   cudaError_t Publish(const std::vector<Lent>& lent, cudaStream_t stream,
                       WindowNote& note);
 

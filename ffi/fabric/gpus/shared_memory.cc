@@ -30,6 +30,19 @@ class ScopedDevice {
 
 }  // namespace
 
+cudaError_t ReachPeer(int device, int peer) {
+  int can = 0;
+  cudaError_t error = cudaDeviceCanAccessPeer(&can, device, peer);
+  if (error != cudaSuccess) return error;
+  if (can == 0) return cudaErrorPeerAccessUnsupported;
+  const ScopedDevice scoped(device);
+  if (scoped.error() != cudaSuccess) return scoped.error();
+  error = cudaDeviceEnablePeerAccess(peer, 0);
+  if (error != cudaErrorPeerAccessAlreadyEnabled) return error;
+  cudaGetLastError();  // else the next launch would report it
+  return cudaSuccess;
+}
+
 cudaError_t OfferMemory(int device, void* handle) {
   const ScopedDevice scoped(device);
   cudaEvent_t event = nullptr;

@@ -8,6 +8,10 @@
 
 namespace jax_ep {
 
+// Lets a device read all memory of another one of this process: what XLA has, and
+// windows. Fails where it cannot.
+cudaError_t ReachPeer(int device, int peer);
+
 // Fills in the handle of some memory of a device, a cudaIpcMemHandle_t, that stays for
 // good. Fails too where the device cannot share events.
 cudaError_t OfferMemory(int device, void* handle);

@@ -212,14 +212,32 @@ class Streams {
   std::vector<StreamPoints*> points_;             // by rank; null elsewhere
 };
 
+// Makes what the rank lends, where it has to: then that is its place in the window.
+cudaError_t Prepare(StreamCall& call) {
+  std::vector<void*> places;
+  std::vector<Lent>& lent = call.attendance.lent;
+  if (call.window != nullptr) {
+    const cudaError_t error = call.window->MakeRoom(lent, places);
+    if (error != cudaSuccess) return error;
+  }
+  if (call.prepare) {
+    const cudaError_t error = call.prepare(places);
+    if (error != cudaSuccess) return error;
+  }
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    if (lent[i].data == nullptr) lent[i].data = places[i];
+  }
+  return cudaSuccess;
+}
+
 // Puts on the stream that what the rank lends is ready, and where others find it.
-cudaError_t Lend(const StreamCall& call, Outcome& outcome) {
+cudaError_t Lend(StreamCall& call, Outcome& outcome) {
   std::int32_t num_here = 0;
   for (std::int32_t rank = 0; rank < call.attendance.num_ranks; ++rank) {
     if (IsOfThisProcess(call, static_cast<std::size_t>(rank))) ++num_here;
   }
-  cudaError_t error = cudaSuccess;
-  outcome.points = TakeStreamPoints(num_here, error);
+  cudaError_t error = Prepare(call);
+  if (error == cudaSuccess) outcome.points = TakeStreamPoints(num_here, error);
   if (error == cudaSuccess) error = cudaEventRecord(outcome.points->ready, call.stream);
   if (error == cudaSuccess && call.window != nullptr) {
     error = call.window->Publish(call.attendance.lent, call.stream, outcome.note);
@@ -229,8 +247,7 @@ cudaError_t Lend(const StreamCall& call, Outcome& outcome) {
 
 }  // namespace
 
-std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point,
-                                               const StreamCall& call) {
+std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point, StreamCall call) {
   const auto outcome = std::make_shared<Outcome>();
   if (Failure failure = CudaFailure(Lend(call, *outcome))) return failure;
   MeetPeers(point, call.attendance, outcome);

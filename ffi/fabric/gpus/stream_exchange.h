@@ -23,6 +23,9 @@ struct StreamCall {
   // their GPUs can read. Without works, and nobody to tell.
   Attendance attendance;
   cudaStream_t stream;
+  // Puts on the stream what makes what the rank lends, if it is not there yet: what has
+  // no data yet at these places, by lent buffer, in the window.
+  std::function<cudaError_t(const std::vector<void*>& places)> prepare = nullptr;
   // Puts the rank's kernels on the stream, given a table of all ranks' buffers for each
   // that is lent.
   std::function<cudaError_t(const PeerTables&)> launch;
@@ -44,8 +47,7 @@ struct StreamFailure {
 // longer than the meeting point lets ranks wait. Until all have come nothing is put on
 // any stream that waits for another, so that a rank that does not come is an error of
 // this call alone, and every GPU goes on.
-std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point,
-                                               const StreamCall& call);
+std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point, StreamCall call);
 
 }  // namespace jax_ep
 
