@@ -25,7 +25,7 @@ import numpy as np
 import timing
 from absl import app, flags
 from checks import PLAN_FIELDS, Expected, check_ours
-from gpu_programs import stacked
+from gpu_programs import crossing_bytes, stacked
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import (
     AXIS,
@@ -87,16 +87,6 @@ def draw_inputs(shape: Shape, mesh: Mesh) -> Inputs:
         lambda: jax.random.normal(jax.random.key(0), size, shape.dtype), out_shardings=sharding
     )
     return dataclasses.replace(drawn, x=draw())
-
-
-def crossing_bytes(shape: Shape, topk_idx: np.ndarray, kept: np.ndarray) -> int:
-    """Counts the most bytes that a rank receives from, or sends to, all others in an exchange."""
-    dest = topk_idx // shape.num_local_experts
-    wanted = np.stack(
-        [((dest == d) & kept).any(-1).sum(-1) for d in range(shape.num_ranks)], axis=-1
-    )
-    np.fill_diagonal(wanted, 0)
-    return int(max(wanted.sum(0).max(), wanted.sum(1).max())) * shape.row_bytes
 
 
 def check(programs: dict[Implementation, Programs], shape: Shape, inputs: Inputs) -> None:

@@ -86,6 +86,16 @@ def moved_bytes(shape: Shape, topk_idx: np.ndarray, kept: np.ndarray) -> dict[st
     }
 
 
+def crossing_bytes(shape: Shape, topk_idx: np.ndarray, kept: np.ndarray) -> int:
+    """Counts the most bytes that a rank receives from, or sends to, all others in an exchange."""
+    dest = topk_idx // shape.num_local_experts
+    wanted = np.stack(
+        [((dest == d) & kept).any(-1).sum(-1) for d in range(shape.num_ranks)], axis=-1
+    )
+    np.fill_diagonal(wanted, 0)
+    return int(max(wanted.sum(0).max(), wanted.sum(1).max())) * shape.row_bytes
+
+
 def _scaled_rows(dout: jax.Array, rows: jax.Array, plan: jax_ep.Plan, weights: jax.Array) -> Any:
     return jax.vjp(lambda rows: jax_ep.combine(rows, plan, weights), rows)[1](dout)[0]
 

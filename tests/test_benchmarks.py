@@ -26,12 +26,6 @@ def programs(monkeypatch):
 
 
 @pytest.fixture
-def mesh_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("bench_gpu_mesh")
-
-
-@pytest.fixture
 def shapes(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("shapes")
@@ -50,12 +44,12 @@ def test_a_token_counts_once_for_each_rank_that_keeps_it(programs, shapes):
     assert moved["row dots"] == ((rows + distinct) * 32 + choices * 4,) * 2
 
 
-def test_the_busiest_rank_s_bytes_cross_between_gpus(mesh_benchmark, shapes):
+def test_the_busiest_rank_s_bytes_cross_between_gpus(programs, shapes):
     shape = shapes.Shape("tiny", 3, 1, 8, 6, 3, np.float32, 1.0, "this test")
     # Rank 0 sends to all, its own row stays; of rank 1's rows two become one, and rank 2 drops one.
     topk_idx = np.array([[[0, 2, 4]], [[0, 1, 3]], [[0, 5, 2]]])
     kept = np.array([[[True, True, True]], [[True, True, True]], [[True, True, False]]])
-    assert mesh_benchmark.crossing_bytes(shape, topk_idx, kept) == 2 * 32
+    assert programs.crossing_bytes(shape, topk_idx, kept) == 2 * 32
 
 
 def test_the_pure_jax_rival_adds_up_every_choice(programs):
