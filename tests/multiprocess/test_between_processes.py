@@ -9,12 +9,13 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 import test_beside_collectives
 import test_meshes
 import test_replicated_operands
 import test_transforms
 import test_vmap
-from implementations import SHARD_MAP, Row, require
+from implementations import EMULATED, SHARD_MAP, Row, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layers import SHAPE, Problem, close, inside, outside
@@ -71,6 +72,10 @@ def test_beside_the_collectives_of_xla() -> None:
     test_beside_collectives.repeat(runs=5)
 
 
+@pytest.mark.skipif(
+    EMULATED is not None,
+    reason="calls of emulated GPUs, which have no order, are numbered by what a process compiles",
+)
 @multiprocess(3, 2, timeout=200)
 def test_meshes_of_some_of_the_processes() -> None:
     """Each process has a mesh of its own, and shares others with some; ranks lie anyhow."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import require
+from implementations import EMULATED, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -110,13 +110,17 @@ PHASES = {
     "awaiting": "waiting for the others to publish",
     "pulling": "pulling",
 }
+not_known = pytest.mark.skipif(
+    EMULATED is not None,
+    reason="what a stream does that waits for a GPU whose process has ended is not known",
+)
 # What JAX makes of a process's end is the same in each.
 every_phase = pytest.mark.parametrize(
     "when",
     [
         "publishing",
-        pytest.param("awaiting", marks=pytest.mark.once),
-        pytest.param("pulling", marks=pytest.mark.once),
+        pytest.param("awaiting", marks=[pytest.mark.once, not_known]),
+        pytest.param("pulling", marks=[pytest.mark.once, not_known]),
     ],
 )
 

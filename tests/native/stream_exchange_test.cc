@@ -176,7 +176,8 @@ EP_TEST(ARankThatCannotLaunchIsNamed) {
       call.launch = [](const PeerTables&) { return cudaErrorInvalidConfiguration; };
     }
     const auto failure = ExchangeOnStreams(point, call);
-    EP_CHECK(Says(failure, rank == 1 ? "invalid configuration" : "rank 1 could not"));
+    EP_CHECK(Says(failure, rank == 1 ? "invalid configuration"
+                                     : "without rank 1, which could not"));
     EP_CHECK(failure && failure->is_of_cuda);
     EP_CHECK_EQ(cudaStreamSynchronize(call.stream), cudaSuccess);
   });

@@ -166,16 +166,18 @@ EP_TEST(ProcessesReadEachOthersWindows) {
   }
 }
 
-// In any phase: what was put on this process's stream waits for nobody who is gone.
+// In any phase, of the first epoch too, in which others open what it has.
 EP_TEST(AKilledProcessIsNamedAtOnce) {
-  for (const Phase phase : {Phase::kPublishing, Phase::kAwaiting, Phase::kPulling}) {
-    const Case which("phase " + Show(static_cast<int>(phase)));
+  for (const auto& [phase, last] :
+       {std::pair(Phase::kPublishing, Epoch{4}), std::pair(Phase::kAwaiting, Epoch{4}),
+        std::pair(Phase::kPulling, Epoch{4}), std::pair(Phase::kPulling, Epoch{1})}) {
+    const Case which("phase " + Show(static_cast<int>(phase)) + " epoch " + Show(last));
     const CapturedReports reports;
     Child child(
         1, kLong,
         [&](Side& side) {
-          side.host().set_on_phase([phase](Phase entered, Epoch epoch) {
-            if (entered == phase && epoch == 4) kill(getpid(), SIGKILL);
+          side.host().set_on_phase([=](Phase entered, Epoch epoch) {
+            if (entered == phase && epoch == last) kill(getpid(), SIGKILL);
           });
           TakeTurns(side, kOneEach, 1, 10);
           return false;

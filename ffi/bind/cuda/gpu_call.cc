@@ -30,7 +30,7 @@ std::optional<Role> FindRole(CallSite& site, std::int32_t device,
 
 ffi::Error ErrorOf(const std::optional<StreamFailure>& failure) {
   if (!failure) return ffi::Error::Success();
-  if (failure->is_of_cuda) return ffi::Error::Internal("jax_ep: " + failure->what);
+  if (failure->is_of_cuda) return ffi::Error::Internal("jax_ep " + failure->what);
   return MeetingError(failure->what);
 }
 

@@ -111,9 +111,16 @@ bool IsOfThisProcess(const StreamCall& call, std::size_t rank) {
   return span == nullptr || span->IsHere(static_cast<std::int64_t>(rank));
 }
 
-Failure CudaFailure(cudaError_t error) {
+// "dispatch: rank 1"
+std::string WhoOf(const StreamCall& call) {
+  return call.attendance.print.op + std::string(": ") +
+         RankList({call.attendance.rank});
+}
+
+Failure CudaFailure(const StreamCall& call, cudaError_t error) {
   if (error == cudaSuccess) return std::nullopt;
-  return StreamFailure{.what = CudaSays(error), .is_of_cuda = true};
+  return StreamFailure{.what = WhoOf(call) + ": " + CudaSays(error),
+                       .is_of_cuda = true};
 }
 
 // The rank among its peers, who have all come.
@@ -129,10 +136,10 @@ class Streams {
 
   // Reads what peers lend once it is ready, and tells them when it has been read.
   Failure Read() {
-    const cudaError_t error = PutReading();
-    Own().recorded.Set(error == cudaSuccess ? StreamPoints::kYes
-                                            : StreamPoints::kNever);
-    return CudaFailure(error);
+    Failure failure = AwaitPeers();
+    if (!failure) failure = CudaFailure(call_, PutReading());
+    Own().recorded.Set(failure ? StreamPoints::kNever : StreamPoints::kYes);
+    return failure;
   }
 
   // Has the stream wait until all of this process have read what this rank lends. Those
@@ -146,7 +153,7 @@ class Streams {
       if (recorded != StreamPoints::kYes) return Unread(peer, recorded, timeout);
       const cudaError_t error =
           cudaStreamWaitEvent(call_.stream, points_[peer]->done, 0);
-      if (error != cudaSuccess) return CudaFailure(error);
+      if (error != cudaSuccess) return CudaFailure(call_, error);
     }
     // If it failed, other ranks may still look at them.
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
@@ -156,14 +163,18 @@ class Streams {
   }
 
  private:
-  cudaError_t PutReading() {
+  Failure AwaitPeers() {
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
       if (IsOwn(peer)) continue;
       const cudaError_t error =
           IsHere(peer) ? cudaStreamWaitEvent(call_.stream, points_[peer]->ready, 0)
                        : AwaitWindow(peer);
-      if (error != cudaSuccess) return error;
+      if (error != cudaSuccess) return Unreadable(peer, error);
     }
+    return std::nullopt;
+  }
+
+  cudaError_t PutReading() {
     PeerTables tables;
     for (const auto& table : tables_) tables.push_back(table.data());
     cudaError_t error = call_.launch(tables);
@@ -185,16 +196,27 @@ class Streams {
     return cudaSuccess;
   }
 
+  Failure Unreadable(std::size_t peer, cudaError_t error) const {
+    std::string what = WhoOf(call_) + " could not read what " +
+                       RankList({static_cast<std::int32_t>(peer)});
+    if (!IsHere(peer)) {
+      const std::int32_t process = call_.attendance.span->process_of[peer];
+      what += " of process " + std::to_string(process);
+    }
+    what += " lends: " + CudaSays(error);
+    return StreamFailure{.what = std::move(what), .is_of_cuda = true};
+  }
+
   Failure Unread(std::size_t peer, std::uint32_t recorded,
                  std::chrono::duration<double> timeout) const {
     const std::string who = RankList({static_cast<std::int32_t>(peer)});
     if (recorded == StreamPoints::kNever) {
-      return StreamFailure{.what = who + " could not launch its kernels",
-                           .is_of_cuda = true};
+      return StreamFailure{
+          .what = WhoOf(call_) + " goes without " + who + ", which could not launch",
+          .is_of_cuda = true};
     }
-    return StreamFailure{.what = "rank " + std::to_string(call_.attendance.rank) +
-                                 " waited " + Seconds(timeout) + " for " + who +
-                                 " to launch its kernels",
+    return StreamFailure{.what = WhoOf(call_) + " waited " + Seconds(timeout) +
+                                 " for " + who + " to launch its kernels",
                          .is_of_cuda = false};
   }
 
@@ -249,7 +271,7 @@ cudaError_t Lend(StreamCall& call, Outcome& outcome) {
 
 std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point, StreamCall call) {
   const auto outcome = std::make_shared<Outcome>();
-  if (Failure failure = CudaFailure(Lend(call, *outcome))) return failure;
+  if (Failure failure = CudaFailure(call, Lend(call, *outcome))) return failure;
   MeetPeers(point, call.attendance, outcome);
   if (outcome->failure) {
     // Nobody has looked at them.
