@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "common/dropped.h"
@@ -23,16 +24,24 @@ void CountAsked(const PlanArgs& args, std::int64_t source, PlanTables& tables) {
   }
 }
 
+// Adds up what all sources ask of rank `dest`.
+void SumLoad(const PlanArgs& args, std::int64_t dest, PlanTables& tables) {
+  const std::int64_t num_local = args.num_local_experts();
+  std::int32_t* load = tables.load.data() + dest * num_local;
+  for (std::int64_t s = 0; s < args.num_ranks; ++s) {
+    const std::int32_t* asked = tables.asked.row(s) + dest * num_local;
+    for (std::int64_t i = 0; i < num_local; ++i) load[i] += asked[i];
+  }
+}
+
 // Finds out which ranks are asked for more than they hold.
 std::vector<bool> FindOverflows(const PlanArgs& args, const PlanTables& tables) {
   const std::int64_t num_local = args.num_local_experts();
   std::vector<bool> too_much;
   for (std::int64_t dest = 0; dest < args.num_ranks; ++dest) {
-    std::int64_t incoming = 0;
-    for (std::int64_t s = 0; s < args.num_ranks; ++s) {
-      const std::int32_t* asked = tables.asked.row(s) + dest * num_local;
-      for (std::int64_t i = 0; i < num_local; ++i) incoming += asked[i];
-    }
+    const std::int32_t* load = tables.load.data() + dest * num_local;
+    const std::int64_t incoming =
+        std::accumulate(load, load + num_local, std::int64_t{0});
     too_much.push_back(incoming > PlanBudget(args));
   }
   return too_much;
@@ -106,12 +115,8 @@ void Summarize(const PlanArgs& args, const PlanTables& tables, std::uint32_t pri
   if (plan == nullptr) return;
   const std::int64_t num_local = args.num_local_experts();
   const std::int64_t first = rank * num_local;
-  std::fill_n(plan->expert_load, args.num_experts, 0);
+  std::ranges::copy(tables.load, plan->expert_load);
   for (std::int64_t s = 0; s < args.num_ranks; ++s) {
-    const std::int32_t* asked = tables.asked.row(s);
-    for (std::int64_t e = 0; e < args.num_experts; ++e) {
-      plan->expert_load[e] += asked[e];
-    }
     const std::int32_t* kept = tables.kept.row(s) + first;
     std::int32_t received = 0;
     for (std::int64_t i = 0; i < num_local; ++i) received += kept[i];
@@ -135,6 +140,7 @@ void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for) {
   }
   parallel_for(args.num_ranks,
                [&](std::int64_t source) { CountAsked(args, source, tables); });
+  parallel_for(args.num_ranks, [&](std::int64_t dest) { SumLoad(args, dest, tables); });
   const std::vector<bool> too_much = FindOverflows(args, tables);
   tables.overflows = std::ranges::find(too_much, true) != too_much.end();
   if (tables.overflows) FindCutoffs(args, parallel_for, too_much, tables);

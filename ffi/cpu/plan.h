@@ -16,7 +16,7 @@ using ParallelFor = std::function<void(std::int64_t count,
 
 // Fills in the plans: a counting sort of all choices by (expert, source rank, token, k)
 // after those beyond a rank's capacity are cut off in the order (k, token, source
-// rank). Costs O(R * T * K) for one plan or for all.
+// rank). Costs O(R * (T * K + E)) for one plan or for all.
 void RunPlan(const PlanArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace jax_ep::cpu

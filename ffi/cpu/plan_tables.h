@@ -34,6 +34,7 @@ struct PlanTables {
         kept(args.num_ranks, args.num_experts),
         first_row(args.num_ranks, args.num_experts),
         first_entry(args.num_ranks, args.num_ranks),
+        load(static_cast<std::size_t>(args.num_experts)),
         group_rows(static_cast<std::size_t>(args.num_experts)),
         cutoff(static_cast<std::size_t>(args.num_ranks), kKeepAll),
         rank_of(static_cast<std::size_t>(args.num_experts)) {}
@@ -42,6 +43,7 @@ struct PlanTables {
   Counts kept;         // [source, expert] choices that fit
   Counts first_row;    // [source, expert] row of a source's first kept choice
   Counts first_entry;  // [destination, source] where a source starts in the recv list
+  std::vector<std::int32_t> load;        // [expert] choices of all sources
   std::vector<std::int32_t> group_rows;  // [expert]
   std::vector<std::int64_t> cutoff;      // [rank] keeps choices of lower Priority
   std::vector<std::int32_t> rank_of;     // [expert]
