@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from jax_ep._layout import Layout
-from jax_ep._types import AxisName, Implementation, Tail
+from jax_ep._types import DROPPED, AxisName, Implementation, Tail
 
 
 class PlanArrays(NamedTuple):
@@ -146,3 +146,19 @@ def check_arrays(plan: Plan) -> None:
                 f"{dtype.name}{list(shape)}; got {array.dtype.name}{list(array.shape)}. "
                 "A plan is not for averaging, casting or reshaping."
             )
+
+
+def is_received(layout: Layout, plan: PlanArrays) -> Bool[Array, "capacity"]:
+    """Tells which entries of the receive lists are in use: those past them hold anything."""
+    num_received = jnp.sum(plan.recv_counts, dtype=jnp.int32)
+    return jnp.arange(layout.capacity, dtype=jnp.int32) < num_received
+
+
+def choice_of_row(layout: Layout, plan: PlanArrays) -> Int32[Array, "capacity"]:
+    """Inverts the receive lists: the choice, numbered through all ranks, of each of its rows.
+
+    It is ``DROPPED`` for rows that hold none.
+    """
+    recv_row = jnp.where(is_received(layout, plan), plan.recv_row, layout.capacity)
+    choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
+    return choice.at[recv_row].set(plan.recv_choice, mode="drop")

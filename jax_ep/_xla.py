@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, Int32, Num
 
 from jax_ep._call import Call, Operands
 from jax_ep._layout import Layout
-from jax_ep._plan import PlanArrays
+from jax_ep._plan import PlanArrays, choice_of_row, is_received
 from jax_ep._types import DROPPED
 
 _STACK_AXIS = "jax_ep_rank"
@@ -76,7 +76,7 @@ def gather_rows(
     layout: Layout, plan: PlanArrays, *xs: Num[Array, "num_tokens hidden"]
 ) -> list[Num[Array, "capacity hidden"]]:
     """Fills this rank's rows with their tokens."""
-    choice = _choice_of_row(layout, plan)
+    choice = choice_of_row(layout, plan)
     return [_gather(layout, choice, x) for x in xs]
 
 
@@ -87,7 +87,7 @@ def gather_scaled(
     weights: Float32[Array, "num_tokens num_topk"],
 ) -> list[Num[Array, "capacity hidden"]]:
     """Fills this rank's rows with their tokens, scaled by ``weights``."""
-    choice = _choice_of_row(layout, plan)
+    choice = choice_of_row(layout, plan)
     dtype = _sum_dtype(x)
     rows = _gather(layout, choice, x).astype(dtype)
     scale = _all_gather(layout, weights).reshape(-1)[:, None].astype(dtype)
@@ -202,24 +202,11 @@ def _round_up(sizes: Array, alignment: int) -> Array:
     return (sizes + (alignment - 1)) // alignment * alignment
 
 
-def _is_received(layout: Layout, plan: PlanArrays) -> Array:
-    """Tells which entries of the receive lists are in use: those past them hold anything."""
-    num_received = jnp.sum(plan.recv_counts, dtype=jnp.int32)
-    return jnp.arange(layout.capacity, dtype=jnp.int32) < num_received
-
-
-def _choice_of_row(layout: Layout, plan: PlanArrays) -> Array:
-    """Inverts the receive lists: the choice of each of this rank's rows, or ``DROPPED``."""
-    recv_row = jnp.where(_is_received(layout, plan), plan.recv_row, layout.capacity)
-    choice = jnp.full(layout.capacity, DROPPED, jnp.int32)
-    return choice.at[recv_row].set(plan.recv_choice, mode="drop")
-
-
 def _row_of_choice(layout: Layout, plan: PlanArrays) -> Array:
     """Inverts them the other way: this rank's row for each choice [R, T, K], or ``DROPPED``."""
     shape = (layout.num_ranks, layout.num_tokens, layout.num_topk)
     size = layout.num_ranks * layout.num_tokens * layout.num_topk
-    choice = jnp.where(_is_received(layout, plan), plan.recv_choice, size)
+    choice = jnp.where(is_received(layout, plan), plan.recv_choice, size)
     row = jnp.full_like(plan.recv_row, DROPPED, shape=size)
     return row.at[choice].set(plan.recv_row, mode="drop").reshape(shape)
 
