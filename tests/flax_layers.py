@@ -65,8 +65,8 @@ def dense_loss(params, x, dout, bias=None):
     return jnp.vdot(out, dout) + 3 * balance + 2 * z, (out, load)
 
 
-def layer_loss(layer, x, dout):
-    out, aux = layer.apply_with_aux(x)
+def layer_loss(layer, x, dout, token_mask=None):
+    out, aux = layer.apply_with_aux(x, token_mask=token_mask)
     loss = jnp.vdot(out, dout) + 3 * aux["load_balance_loss"] + 2 * aux["router_z_loss"]
     return loss, (out, aux["expert_load"])
 

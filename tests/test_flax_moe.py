@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax_layers import (
+    BATCH,
     BIAS,
     FFN_HIDDEN,
     HIDDEN,
@@ -15,8 +16,10 @@ from flax_layers import (
     NUM_TOPK,
     check_against_dense,
     dense,
+    dense_loss,
     expected,
     inputs,
+    layer_loss,
     make_layer,
     on,
     parameters,
@@ -120,6 +123,60 @@ def test_any_batch_shape(batch):
         # Padding tokens would lower the one and move the other.
         np.testing.assert_allclose(aux["load_balance_loss"], balance, rtol=1e-5)
         np.testing.assert_allclose(aux["router_z_loss"], z, rtol=1e-5)
+
+
+MASK = np.arange(15).reshape(BATCH) % 4 != 1
+
+
+@pytest.mark.parametrize(("kind", "axes"), MESHES.values(), ids=MESHES)
+def test_what_is_no_token_is_as_if_it_were_not_there(kind, axes):
+    """It is NaN, which would show in every gradient; and it takes no room from tokens."""
+    x, dout = inputs()
+    real, real_dout = x[MASK], dout[MASK]
+    with on(kind, axes):
+        layer = make_layer()
+        params = parameters(layer)
+        both = nnx.jit(nnx.value_and_grad(layer_loss, argnums=(0, 1), has_aux=True))
+        given = np.where(MASK[..., None], x, np.nan)
+        (loss, (out, load)), (grads, dx) = both(layer, given, dout, MASK)
+    dense_both = jax.value_and_grad(dense_loss, argnums=(0, 1), has_aux=True)
+    (want, (want_out, want_load)), (want_grads, want_dx) = dense_both(params, real, real_dout)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_array_equal(load, want_load)
+    for got, wanted in ((out, want_out), (dx, want_dx)):
+        np.testing.assert_allclose(np.asarray(got)[MASK], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(got)[~MASK], 0)
+    for name, grad in want_grads.items():
+        np.testing.assert_allclose(grads[name][...], grad, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_is_no_token_takes_no_room():
+    layer = make_layer(capacity_factor=1.0)
+    x = np.repeat(inputs()[0][:1, :1], 16, axis=1)  # all 16 want the same experts
+    _, aux = layer.apply_with_aux(x)
+    assert aux["dropped_fraction"] == 0  # one rank: no budget is exceeded
+    with on(AxisType.Auto, {"expert": 8}):
+        layer = make_layer(capacity_factor=1.0)
+        _, aux = layer.apply_with_aux(x)
+        assert aux["dropped_fraction"] > 0
+        mask = np.arange(16)[None] < 2
+        out, aux = layer.apply_with_aux(x, token_mask=mask)
+    assert aux["dropped_fraction"] == 0
+    assert int(aux["expert_load"].sum()) == 2 * NUM_TOPK
+    assert np.all(np.any(out, axis=-1) == mask)
+
+
+@pytest.mark.parametrize(
+    ("token_mask", "error", "message"),
+    [
+        (np.ones((3, 4), np.bool_), ValueError, r"token_mask must have shape .*\[3, 5\]; got"),
+        (np.ones(BATCH, np.int32), TypeError, "token_mask must have dtype bool; got int32"),
+        ([True], TypeError, "token_mask must be an array of booleans, or None; got list"),
+    ],
+)
+def test_errors_of_the_mask(token_mask, error, message):
+    with pytest.raises(error, match=message):
+        make_layer()(inputs()[0], token_mask=token_mask)
 
 
 def test_dropped_choices_show_in_the_metrics():

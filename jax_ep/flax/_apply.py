@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from jax_ep import routing
 from jax_ep._layout import suggest_capacity
@@ -24,7 +24,10 @@ Aux = dict[str, Num[Array, "..."]]
 
 
 def apply(
-    config: Config, weights: Weights, x: Float[Array, "*batch hidden"]
+    config: Config,
+    weights: Weights,
+    x: Float[Array, "*batch hidden"],
+    token_mask: Bool[Array, "*batch"],
 ) -> tuple[Float[Array, "*batch hidden"], Aux]:
     """Applies the layer over the mesh in context; returns the output and the auxiliary scalars.
 
@@ -35,13 +38,17 @@ def apply(
     mesh = jax.sharding.get_abstract_mesh()
     axes = mesh_axes(config, mesh)
     check_placement(mesh, weights, x)
-    return _apply(config, axes, weights, x)
+    return _apply(config, axes, weights, x, token_mask)
 
 
 # Compiled even where the caller is not: run operation by operation, a shard_map is very slow.
 @partial(jax.jit, static_argnums=(0, 1))
 def _apply(
-    config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array
+    config: Config,
+    axes: tuple[str, ...],
+    weights: Weights,
+    x: jax.Array,
+    token_mask: jax.Array,
 ) -> tuple[jax.Array, Aux]:
     over_mesh: Callable[..., Any] = partial(_over_mesh, config, axes)
     mesh = jax.sharding.get_abstract_mesh()
@@ -52,11 +59,15 @@ def _apply(
         # result goes back to where x was.
         out_sharding = (jax.typeof(x).sharding.spec, P())
         over_mesh = jax.sharding.auto_axes(over_mesh, axes=explicit, out_sharding=out_sharding)
-    return over_mesh(weights, x)
+    return over_mesh(weights, x, token_mask)
 
 
 def _over_mesh(
-    config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array
+    config: Config,
+    axes: tuple[str, ...],
+    weights: Weights,
+    x: jax.Array,
+    token_mask: jax.Array,
 ) -> tuple[jax.Array, Aux]:
     """Shards the tokens over all axes and the experts over theirs."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -64,20 +75,22 @@ def _over_mesh(
     num_tokens, num_shards = tokens.shape[0], math.prod(mesh.shape[name] for name in axes)
     num_padding = max(1, -(-num_tokens // num_shards)) * num_shards - num_tokens
     tokens = jnp.pad(tokens, ((0, num_padding), (0, 0)))
-    shard = partial(_shard, config, axes, num_tokens)
+    is_token = jnp.pad(token_mask.reshape(-1), (0, num_padding))
+    shard = partial(_shard, config, axes)
     if axes:
         specs: tuple[Any, ...] = (P(), P(), *(config.expert_spec,) * 3)
-        shard = jax.shard_map(shard, in_specs=(Weights(*specs), P(axes)), out_specs=(P(axes), P()))
-    out, aux = shard(weights, tokens)
+        in_specs = (Weights(*specs), P(axes), P(axes))
+        shard = jax.shard_map(shard, in_specs=in_specs, out_specs=(P(axes), P()))
+    out, aux = shard(weights, tokens, is_token)
     return out[:num_tokens].reshape(x.shape), aux
 
 
 def _shard(
-    config: Config, axes: tuple[str, ...], num_tokens: int, weights: Weights, x: jax.Array
+    config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array, is_token: jax.Array
 ) -> tuple[jax.Array, Aux]:
-    """Does one shard's part, where ``num_tokens`` rows of all shards are tokens, then padding."""
-    first = (jax.lax.axis_index(axes) if axes else 0) * x.shape[0]
-    is_token = first + jnp.arange(x.shape[0], dtype=jnp.int32) < num_tokens
+    """Does one shard's part."""
+    # What is no token may hold anything, even NaN, and would reach the router's gradient.
+    x = jnp.where(is_token[:, None], x, jnp.zeros((), x.dtype))
     logits = jnp.matmul(
         x.astype(jnp.float32),
         weights.router_kernel.astype(jnp.float32),

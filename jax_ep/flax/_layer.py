@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from jax_ep._checks import check_dtype, check_shape
 from jax_ep._types import AxisName, Implementation
 from jax_ep.flax._apply import Aux, apply
 from jax_ep.flax._config import Config, Router, Weights, mesh_axes
@@ -125,22 +126,32 @@ class MoE(nnx.Module):
         if router == "sigmoid":
             self.router_bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    def __call__(
+        self,
+        x: Float[Array, "*batch hidden"],
+        *,
+        token_mask: Bool[Array, "*batch"] | None = None,
+    ) -> Float[Array, "*batch hidden"]:
         """Applies the layer and sows losses and metrics.
 
         Args:
           x: tokens, in any shape.
+          token_mask: which of them are tokens; None for all. The others, such as the padding of
+            sequences, may hold anything: they go nowhere, take no room, and count in no loss and
+            no load.
 
         Returns:
-          As many outputs, in ``dtype``; zero for a token whose choices were all dropped.
+          As many outputs, in ``dtype``; zero for a token whose choices were all dropped, and for
+          what is no token.
 
         Raises:
-          TypeError: ``x`` is no array of floats.
-          ValueError: the last axis of ``x`` is not ``hidden``; the mesh in context does not suit
+          TypeError: ``x`` is no array of floats, or ``token_mask`` no array of booleans.
+          ValueError: the last axis of ``x`` is not ``hidden``, or the others are not those of
+            ``token_mask``; the mesh in context does not suit
             the layer or is not the one of its weights; or a ``shard_map`` encloses the call.
           NotImplementedError: ``implementation="native"`` where native code cannot serve.
         """
-        out, aux = self.apply_with_aux(x)
+        out, aux = self.apply_with_aux(x, token_mask=token_mask)
         # Outside of nnx.capture, sow would store into the layer, and more at every call.
         if hasattr(self, "__captures__"):
             for name, value in aux.items():
@@ -148,12 +159,16 @@ class MoE(nnx.Module):
         return out
 
     def apply_with_aux(
-        self, x: Float[Array, "*batch hidden"]
+        self,
+        x: Float[Array, "*batch hidden"],
+        *,
+        token_mask: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], Aux]:
         """Applies the layer as a call does, and returns what the call would sow.
 
         Args:
           x: tokens, in any shape.
+          token_mask: which of them are tokens, as for a call.
 
         Returns:
           The outputs, and losses and metrics by name.
@@ -164,9 +179,20 @@ class MoE(nnx.Module):
           NotImplementedError: as for a call.
         """
         _check_input(x, self.config.hidden)
+        if token_mask is None:
+            token_mask = jnp.ones(x.shape[:-1], jnp.bool_)
+        _check_mask(token_mask, x)
         bias = self.router_bias[...] if self.config.router == "sigmoid" else None
         experts = (self.w_gate[...], self.w_up[...], self.w_down[...])
-        return apply(self.config, Weights(self.router_kernel[...], bias, *experts), x)
+        return apply(self.config, Weights(self.router_kernel[...], bias, *experts), x, token_mask)
+
+
+def _check_mask(token_mask: jax.Array, x: jax.Array) -> None:
+    if not hasattr(token_mask, "dtype") or not hasattr(token_mask, "shape"):
+        given = type(token_mask).__name__
+        raise TypeError(f"token_mask must be an array of booleans, or None; got {given}.")
+    check_dtype("token_mask", token_mask, jnp.bool_)
+    check_shape("token_mask", token_mask, x.shape[:-1], "...")
 
 
 def _check_input(x: jax.Array, hidden: int) -> None:
