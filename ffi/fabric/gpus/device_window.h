@@ -55,7 +55,7 @@ class DeviceWindow {
   cudaError_t AwaitReady(std::int32_t rank, const WindowNote& note, cudaStream_t stream,
                          const char*& half);
 
-  // Ends the exchange: what reads the others' halves is on the stream.
+  // Ends the exchange, for which all have come.
   void Advance() { ++num_exchanges_; }
 
  private:

@@ -138,6 +138,8 @@ class Streams {
   Failure Read() {
     Failure failure = AwaitPeers();
     if (!failure) failure = CudaFailure(call_, PutReading());
+    // Whatever came of it, as others have gone on to the other half.
+    if (call_.window != nullptr) call_.window->Advance();
     Own().recorded.Set(failure ? StreamPoints::kNever : StreamPoints::kYes);
     return failure;
   }
@@ -163,15 +165,18 @@ class Streams {
   }
 
  private:
+  // All of them, whatever becomes of one: nothing else keeps later exchanges from
+  // writing where these still read.
   Failure AwaitPeers() {
+    Failure first;
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
       if (IsOwn(peer)) continue;
       const cudaError_t error =
           IsHere(peer) ? cudaStreamWaitEvent(call_.stream, points_[peer]->ready, 0)
                        : AwaitWindow(peer);
-      if (error != cudaSuccess) return Unreadable(peer, error);
+      if (error != cudaSuccess && !first) first = Unreadable(peer, error);
     }
-    return std::nullopt;
+    return first;
   }
 
   cudaError_t PutReading() {
@@ -179,7 +184,6 @@ class Streams {
     for (const auto& table : tables_) tables.push_back(table.data());
     cudaError_t error = call_.launch(tables);
     if (error == cudaSuccess) error = cudaEventRecord(Own().done, call_.stream);
-    if (call_.window != nullptr) call_.window->Advance();
     return error;
   }
 
