@@ -30,20 +30,19 @@ cudaError_t DeviceWindow::MakeRoom(const std::vector<Lent>& lent,
   return error;
 }
 
-cudaError_t DeviceWindow::Publish(const std::vector<Lent>& lent, cudaStream_t stream,
+cudaError_t DeviceWindow::Publish(const std::vector<Lent>& lent,
+                                  const std::vector<void*>& places, cudaStream_t stream,
                                   WindowNote& note) {
-  Half& half = Current();
-  const HalfLayout layout = LayoutOf(lent);
   cudaError_t error = cudaSuccess;
   for (std::size_t i = 0; i < lent.size() && error == cudaSuccess; ++i) {
-    void* place = layout.Place(static_cast<char*>(half.memory), 0, i);
+    void* place = places[i];
     if (place == nullptr || place == lent[i].data) continue;
     error = cudaMemcpyAsync(place, lent[i].data,
                             static_cast<std::size_t>(lent[i].shared_bytes),
                             cudaMemcpyDeviceToDevice, stream);
   }
-  if (error == cudaSuccess) error = cudaEventRecord(half.ready, stream);
-  note = half.note;
+  if (error == cudaSuccess) error = cudaEventRecord(Current().ready, stream);
+  note = Current().note;
   return error;
 }
 

@@ -46,10 +46,10 @@ class DeviceWindow {
   // shared.
   cudaError_t MakeRoom(const std::vector<Lent>& lent, std::vector<void*>& places);
 
-  // Puts copies of what is lent there, but for what lies there, and fills in the note
-  // for the others.
-  cudaError_t Publish(const std::vector<Lent>& lent, cudaStream_t stream,
-                      WindowNote& note);
+  // Puts copies of what is lent at these places, but for what lies there, and fills in
+  // the note for the others.
+  cudaError_t Publish(const std::vector<Lent>& lent, const std::vector<void*>& places,
+                      cudaStream_t stream, WindowNote& note);
 
   // Has the stream wait until another rank has filled its half; returns where that is.
   cudaError_t AwaitReady(std::int32_t rank, const WindowNote& note, cudaStream_t stream,

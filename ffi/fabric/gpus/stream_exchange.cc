@@ -239,8 +239,7 @@ class Streams {
 };
 
 // Makes what the rank lends, where it has to: then that is its place in the window.
-cudaError_t Prepare(StreamCall& call) {
-  std::vector<void*> places;
+cudaError_t Prepare(StreamCall& call, std::vector<void*>& places) {
   std::vector<Lent>& lent = call.attendance.lent;
   if (call.window != nullptr) {
     const cudaError_t error = call.window->MakeRoom(lent, places);
@@ -262,11 +261,13 @@ cudaError_t Lend(StreamCall& call, Outcome& outcome) {
   for (std::int32_t rank = 0; rank < call.attendance.num_ranks; ++rank) {
     if (IsOfThisProcess(call, static_cast<std::size_t>(rank))) ++num_here;
   }
-  cudaError_t error = Prepare(call);
+  std::vector<void*> places;
+  cudaError_t error = Prepare(call, places);
   if (error == cudaSuccess) outcome.points = TakeStreamPoints(num_here, error);
   if (error == cudaSuccess) error = cudaEventRecord(outcome.points->ready, call.stream);
   if (error == cudaSuccess && call.window != nullptr) {
-    error = call.window->Publish(call.attendance.lent, call.stream, outcome.note);
+    error =
+        call.window->Publish(call.attendance.lent, places, call.stream, outcome.note);
   }
   return error;
 }
