@@ -19,6 +19,9 @@ using ArgsWithWeights = WithPeers<PartialSumsArgs, &PartialSumsArgs::weights>;
 // warps that load.
 constexpr int kLoadsInFlight = 2;
 
+// Blocks that a processor shall hold.
+constexpr int kBlocksEach = 4;
+
 // The weight of an entry that has a token.
 __device__ float WeightOf(const PartialSumsArgs& args, std::int64_t entry) {
   if (!args.weighted) return 1.0F;
@@ -98,7 +101,7 @@ __device__ void SumEntries(const PartialSumsArgs& args, std::int32_t token,
 // their token and, unless all have a sum, not the last; its threads wait nowhere for
 // each other.
 template <typename E, int count>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksEach)
     SumPartialsKernel(const __grid_constant__ ArgsWithWeights first) {
   const PartialSumsArgs args = first.OfStacked(blockIdx.x);
   const std::int64_t entries = std::clamp<std::int64_t>(
