@@ -199,6 +199,9 @@ EP_TEST(ARankThatIsLateToLaunchIsNamed) {
     const auto failure = ExchangeOnStreams(point, call);
     if (rank != 1) EP_CHECK(Says(failure, "for rank 1 to launch its kernels"));
   });
+  // What ranks have put on their streams still reads what others lend.
+  for (const Gpu& gpu : gpus)
+    EP_CHECK_EQ(cudaStreamSynchronize(gpu.stream), cudaSuccess);
 }
 
 // Of exchanges that went well, and of those whose ranks did not all come.
