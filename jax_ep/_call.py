@@ -1,6 +1,7 @@
 """One exchange, as what carries it is told of it when a program is lowered."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Call:
         """Whether its ranks are on several devices."""
         return self.binding == "mesh" and self.layout.num_ranks > 1
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The processes of each group of ranks, ascending: each such set once; none if unknown."""
         if self.devices is None:

@@ -7,7 +7,7 @@ from jax_ep._axes import check_use
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._exchange import exchange
 from jax_ep._ops import REDUCE_ROWS, REDUCE_SCALED
-from jax_ep._plan import Plan
+from jax_ep._plan import Plan, check_plan
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -50,8 +50,7 @@ def combine(
       >>> jax_ep.combine(rows, plan, jnp.array([[0.5, 2.0]])).tolist()
       [[30.0]]
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+    check_plan(plan)
     check_array("rows", rows, "capacity, hidden")
     if rows.dtype.name not in _DTYPES:
         raise TypeError(

@@ -10,7 +10,7 @@ from jax_ep._axes import check_use
 from jax_ep._checks import check_leading_axis
 from jax_ep._exchange import exchange
 from jax_ep._ops import GATHER_ROWS
-from jax_ep._plan import Plan
+from jax_ep._plan import Plan, check_plan
 
 
 def dispatch(
@@ -53,8 +53,7 @@ def dispatch(
       >>> rows["position"].tolist()
       [1, 0, 2]
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+    check_plan(plan)
     paths, structure = jax.tree.flatten_with_path(x)
     if not paths:
         raise TypeError(f"x must hold at least one array; got {x!r}.")

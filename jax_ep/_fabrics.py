@@ -278,7 +278,7 @@ FABRICS: tuple[Fabric, ...] = (
         refuses=_refuses_gpus_of_processes,
         adds=functools.partial(_add_to_gpus, in_windows=False),
         operands=_gathered,
-        results=lambda op: ("workspace",) if op is PLAN else _PARTIALS.get(op, ()),
+        results=lambda op: _workspace(op) or _PARTIALS.get(op, ()),
         attributes=_members_and_sums,
     ),
     Fabric(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Num
 
 from jax_ep._axes import check_use, place
 from jax_ep._checks import check_positive
-from jax_ep._plan import Plan
+from jax_ep._plan import Plan, check_plan
 from jax_ep._types import DROPPED
 
 
@@ -48,8 +48,7 @@ def load_metrics(
       {'expert_load_max_over_mean': 2.0, 'rank_load_max_over_mean': 1.0,
        'dropped_fraction': 0.25, 'recv_rows': 3.0, 'logical_bytes': 48.0, 'wire_bytes': 0.0}
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+    check_plan(plan)
     check_positive("hidden", hidden)
     check_use(plan)
     # Bytes in float32: they pass the largest int32 soon.

@@ -49,8 +49,7 @@ def saved_seconds(
     With 8 ranks, 64 experts and 8 choices a token has choices on 5.4 ranks, on 3.4 of them one. So
     it pulls 5.4 rows instead of 8, of which an eighth need no wire; and for it 4.6 rows are read
     and 2.1 written. For 4096 tokens of 7168 bfloat16 numbers that is 0.39 ms less of 1.2, against
-    0.13 ms of summing. Into a window the sums take 0.26 ms, and copying all
-    rows 0.31 or more.
+    0.13 ms of summing. Into a window the sums take 0.26 ms, and copying all rows 0.31 or more.
     """
     ranks, tokens, topk = layout.num_ranks, layout.num_tokens, layout.num_topk
     distinct, single = _ranks_of_a_token(layout)

@@ -130,6 +130,16 @@ class Plan:
         return self._layout.implementation
 
 
+def check_plan(plan: Plan) -> None:
+    """Checks that what was given as a plan is one.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+
+
 def check_arrays(plan: Plan) -> None:
     """Checks that what exchanges read of a plan has the types that ``make_plan`` gave it.
 

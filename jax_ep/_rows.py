@@ -9,7 +9,7 @@ from jax_ep._axes import check_use
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._exchange import exchange
 from jax_ep._ops import GATHER_SCALED
-from jax_ep._plan import Plan, choice_of_row
+from jax_ep._plan import Plan, check_plan, choice_of_row
 from jax_ep._types import DROPPED
 
 
@@ -50,7 +50,8 @@ def row_experts(plan: Plan) -> Int32[Array, "capacity"]:
       >>> jax_ep.row_experts(plan).tolist()
       [0, 0, -1, -1, 1, 1, 1, -1, -1, -1, -1, -1]
     """
-    sizes, rows = _checked(plan)._arrays.group_sizes, plan._arrays.group_rows
+    check_plan(plan)
+    sizes, rows = plan._arrays.group_sizes, plan._arrays.group_rows
     experts = jnp.arange(plan.num_local_experts, dtype=jnp.int32)
     # Behind the last group it goes on with some expert, whose rows have ended.
     expert = jnp.repeat(experts, sizes, total_repeat_length=plan.capacity)
@@ -80,7 +81,8 @@ def row_sources(plan: Plan) -> RowSources:
       >>> jax_ep.row_sources(plan).token.tolist()
       [0, 0, 1, -1]
     """
-    choice = choice_of_row(_checked(plan)._layout, plan._arrays)
+    check_plan(plan)
+    choice = choice_of_row(plan._layout, plan._arrays)
     topk, tokens = max(plan.num_topk, 1), max(plan.num_tokens, 1)
     indices = choice // (topk * tokens), choice // topk % tokens, choice % topk
     return RowSources(*(jnp.where(choice == DROPPED, DROPPED, index) for index in indices))
@@ -111,17 +113,12 @@ def row_weights(
       >>> jax_ep.row_weights(jnp.array([[0.75, 0.25], [1.0, 0.0]]), plan).tolist()
       [0.25, 0.75, 1.0, 0.0]
     """
+    check_plan(plan)
     check_array("topk_weights", topk_weights, "num_tokens, num_topk")
-    choices = (_checked(plan).num_tokens, plan.num_topk)
+    choices = (plan.num_tokens, plan.num_topk)
     check_shape("topk_weights", topk_weights, choices, "num_tokens, num_topk")
     check_dtype("topk_weights", topk_weights, jnp.float32)
     ones = jnp.ones((plan.num_tokens, 1), jnp.float32)
     payloads = [ones, topk_weights]
     [rows] = exchange(GATHER_SCALED, plan, check_use(plan), "row_weights", payloads)
     return rows[:, 0]
-
-
-def _checked(plan: Plan) -> Plan:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
-    return plan

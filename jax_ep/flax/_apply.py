@@ -27,7 +27,7 @@ def apply(
     config: Config,
     weights: Weights,
     x: Float[Array, "*batch hidden"],
-    token_mask: Bool[Array, "*batch"],
+    token_mask: Bool[Array, "*batch"] | None,
 ) -> tuple[Float[Array, "*batch hidden"], Aux]:
     """Applies the layer over the mesh in context; returns the output and the auxiliary scalars.
 
@@ -48,7 +48,7 @@ def _apply(
     axes: tuple[str, ...],
     weights: Weights,
     x: jax.Array,
-    token_mask: jax.Array,
+    token_mask: jax.Array | None,
 ) -> tuple[jax.Array, Aux]:
     over_mesh: Callable[..., Any] = partial(_over_mesh, config, axes)
     mesh = jax.sharding.get_abstract_mesh()
@@ -67,15 +67,20 @@ def _over_mesh(
     axes: tuple[str, ...],
     weights: Weights,
     x: jax.Array,
-    token_mask: jax.Array,
+    token_mask: jax.Array | None,
 ) -> tuple[jax.Array, Aux]:
     """Shards the tokens over all axes and the experts over theirs."""
     mesh = jax.sharding.get_abstract_mesh()
     tokens = x.reshape(-1, config.hidden)
+    is_token = jnp.ones(tokens.shape[0], jnp.bool_)
+    if token_mask is not None:
+        is_token = token_mask.reshape(-1)
+        # What is no token may hold anything, even NaN, and would reach the router's gradient.
+        tokens = jnp.where(is_token[:, None], tokens, jnp.zeros((), tokens.dtype))
     num_tokens, num_shards = tokens.shape[0], math.prod(mesh.shape[name] for name in axes)
     num_padding = max(1, -(-num_tokens // num_shards)) * num_shards - num_tokens
     tokens = jnp.pad(tokens, ((0, num_padding), (0, 0)))
-    is_token = jnp.pad(token_mask.reshape(-1), (0, num_padding))
+    is_token = jnp.pad(is_token, (0, num_padding))
     shard = partial(_shard, config, axes)
     if axes:
         specs: tuple[Any, ...] = (P(), P(), *(config.expert_spec,) * 3)
@@ -89,8 +94,6 @@ def _shard(
     config: Config, axes: tuple[str, ...], weights: Weights, x: jax.Array, is_token: jax.Array
 ) -> tuple[jax.Array, Aux]:
     """Does one shard's part."""
-    # What is no token may hold anything, even NaN, and would reach the router's gradient.
-    x = jnp.where(is_token[:, None], x, jnp.zeros((), x.dtype))
     logits = jnp.matmul(
         x.astype(jnp.float32),
         weights.router_kernel.astype(jnp.float32),

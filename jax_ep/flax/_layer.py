@@ -179,9 +179,8 @@ class MoE(nnx.Module):
           NotImplementedError: as for a call.
         """
         _check_input(x, self.config.hidden)
-        if token_mask is None:
-            token_mask = jnp.ones(x.shape[:-1], jnp.bool_)
-        _check_mask(token_mask, x)
+        if token_mask is not None:
+            _check_mask(token_mask, x)
         bias = self.router_bias[...] if self.config.router == "sigmoid" else None
         experts = (self.w_gate[...], self.w_up[...], self.w_down[...])
         return apply(self.config, Weights(self.router_kernel[...], bias, *experts), x, token_mask)
