@@ -25,7 +25,7 @@ class _Groups(NamedTuple):
     starts: Int32[Array, "groups"]
     ends: Int32[Array, "groups"]
     order: Int32[Array, "groups"]
-    count: Int32[Array, ""]
+    num_groups: Int32[Array, ""]
 
 
 def sum_dtype_of(rows: jax.Array) -> jnp.dtype:
@@ -135,7 +135,7 @@ def _block_rows(capacity: int, group_sizes: jax.Array, longest: int) -> int:
 def _for_each_group(
     groups: _Groups, visit: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array
 ) -> jax.Array:
-    return lax.fori_loop(0, groups.count, lambda i, out: visit(groups.order[i], out), out)
+    return lax.fori_loop(0, groups.num_groups, lambda i, out: visit(groups.order[i], out), out)
 
 
 def _for_each_block(

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from implementations import require
+
+import jax_ep.flax
 
 for _name in ("optax", "matplotlib", "tqdm"):
     pytest.importorskip(_name, reason="the example needs the extra 'examples'")
@@ -23,6 +26,7 @@ program = importlib.import_module("train_moe_lm")
 model, report, text, training = (
     importlib.import_module(f"moe_lm.{name}") for name in ("model", "report", "text", "training")
 )
+DenseMoE = importlib.import_module("moe_lm.dense").DenseMoE
 
 SMALL = {"num_layers": 2, "hidden": 32, "num_heads": 2, "ffn_hidden": 24, "num_experts": 8}
 NUM_STEPS = 20
@@ -99,6 +103,21 @@ def test_a_small_capacity_drops_and_the_bias_of_a_sigmoid_router_evens_the_load(
     np.testing.assert_allclose(
         history.max_over_mean[:, 0], load.max(axis=1) / load.mean(axis=1), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_the_dense_layer_leaves_out_what_is_no_token(router):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+    token_mask = jnp.arange(15).reshape(3, 5) % 4 != 1
+    x = jnp.where(token_mask[..., None], x, jnp.nan)
+    (out, aux), (want, want_aux) = (
+        Layer(16, 8, 6, 2, rngs=nnx.Rngs(1), router=router).apply_with_aux(x, token_mask=token_mask)
+        for Layer in (DenseMoE, jax_ep.flax.MoE)
+    )
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    assert np.sum(aux["expert_load"]) == 2 * np.sum(token_mask)
+    for name, value in aux.items():
+        np.testing.assert_allclose(value, want_aux[name], rtol=1e-5, err_msg=name)
 
 
 def write_files(root, contents):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
-from jax_ep import routing
+from jax_ep import DROPPED, routing
 from jax_ep.flax import MoE
 
 
@@ -17,10 +17,15 @@ class DenseMoE(MoE):
     """
 
     def apply_with_aux(
-        self, x: Float[Array, "*batch hidden"]
+        self,
+        x: Float[Array, "*batch hidden"],
+        *,
+        token_mask: Bool[Array, "*batch"] | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], dict[str, Num[Array, "..."]]]:
         """Returns the outputs, and the losses and metrics that training uses, by name."""
         num_experts, num_topk = self.config.num_experts, self.config.num_topk
+        if token_mask is not None:
+            x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
         logits = jnp.matmul(x, self.router_kernel[...], precision=jax.lax.Precision.HIGHEST)
         if self.config.router == "softmax":
             topk_idx, topk_weights = routing.softmax_topk(logits, num_topk)
@@ -28,6 +33,8 @@ class DenseMoE(MoE):
         else:
             topk_idx, topk_weights = routing.sigmoid_topk(logits, self.router_bias[...], num_topk)
             probs = jax.nn.softmax(jax.nn.log_sigmoid(logits))
+        if token_mask is not None:
+            topk_idx = jnp.where(token_mask[..., None], topk_idx, DROPPED)
         choices = jax.nn.one_hot(topk_idx, num_experts)
         gate = jnp.einsum("...h,ehf->...ef", x, self.w_gate[...])
         up = jnp.einsum("...h,ehf->...ef", x, self.w_up[...])
