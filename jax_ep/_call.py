@@ -26,6 +26,7 @@ class Call:
       platform: where the program is to run, by JAX's name of the devices; None if not known.
       devices: those of its ranks, [groups, ranks]; None where ranks are all of this process, or
         where not even the program knows.
+      is_placed: whether its program knows where its ranks are.
     """
 
     op: Op
@@ -34,6 +35,7 @@ class Call:
     name: str
     platform: str | None
     devices: np.ndarray | None = None
+    is_placed: bool = True
 
     @property
     def spans_devices(self) -> bool:

@@ -15,19 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _partial_sums, _processes
+from jax_ep import _foreign, _partial_sums, _processes, _refusals, _rounds
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
-from jax_ep._library import describe_handlers, gpu_peers_problem, library, native_problem
+from jax_ep._library import (
+    describe_handlers,
+    library,
+    native_problem,
+    warn_once,
+)
 from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
 from jax_ep._types import Platform
-
-GEOMETRY = ("num_ranks", "num_experts", "num_tokens", "num_topk", "capacity")
-"""What every handler is told of the exchange: attributes by the names of ``Layout``."""
-
 
 _PARTIALS: dict[Op, tuple[str, ...]] = {REDUCE_ROWS: ("*partials",), REDUCE_SCALED: ("partials",)}
 """One result more for each of their payloads of rows, where partial sums are made in results."""
@@ -58,6 +59,9 @@ class Fabric:
       operands: their names, by op; they stand between the place and the plan.
       results: likewise; they stand last.
       attributes: likewise.
+      plan: what its handlers are told of a plan, by op.
+      takes_one: whether they take one array of those of which the op takes any number.
+      carry: carries an exchange, by its handlers.
     """
 
     name: str
@@ -70,6 +74,9 @@ class Fabric:
     operands: Callable[[Op], tuple[str, ...]] = lambda _: ()
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
     attributes: Callable[[Op], tuple[str, ...]] = lambda _: ()
+    plan: Callable[[Op], tuple[str, ...]] = lambda op: PlanArrays._fields * op.takes_plan
+    takes_one: bool = False
+    carry: Callable[["Fabric", Call, Operands], list[jax.Array]] = _foreign.run
 
     def target(self, op: Op) -> str:
         """Returns the name of an op's handler, as XLA knows it."""
@@ -77,12 +84,14 @@ class Fabric:
 
     def signature(self, op: Op) -> dict[str, list[str]]:
         """Returns what the library should say of an op's handler."""
-        plan = PlanArrays._fields if op.takes_plan else ()
-        return {
-            "operands": [*Place._fields, *self.operands(op), *plan, *op.payloads],
+        parts = {
+            "operands": [*Place._fields, *self.operands(op), *self.plan(op), *op.payloads],
             "results": [*op.results, *self.results(op)],
-            "attributes": sorted(["call", *GEOMETRY, *op.options, *self.attributes(op)]),
+            "attributes": ["call", *_foreign.GEOMETRY, *op.options, *self.attributes(op)],
         }
+        if self.takes_one:
+            parts = {part: [n.removeprefix("*") for n in names] for part, names in parts.items()}
+        return parts | {"attributes": sorted(parts["attributes"])}
 
 
 def choose(call: Call, *, join: bool) -> Fabric | Refusal:
@@ -97,16 +106,18 @@ def choose(call: Call, *, join: bool) -> Fabric | Refusal:
     """
     if (problem := platform_problem(call.platform)) is not None:
         return Refusal(problem, is_expected=not fabrics_for(call.platform))
-    reasons = []
+    refusals: dict[str, Refusal] = {}
     for fabric in fabrics_for(call.platform):
         reason = fabric.refuses(call)
         refusal = Refusal(reason) if reason else fabric.join(call) if join else None
         if refusal is None:
+            if unexpected := [r.reason for r in refusals.values() if not r.is_expected]:
+                warn_once(unexpected[0], f"the fabric {fabric.name!r}")
             return fabric
-        if not refusal.is_expected:
-            return refusal
-        reasons.append(f"{fabric.name}: {refusal.reason}")
-    return Refusal("; ".join(reasons))
+        refusals[fabric.name] = refusal
+    is_expected = all(refusal.is_expected for refusal in refusals.values())
+    said = [f"{name}: {refusal.reason}" for name, refusal in refusals.items()]
+    return Refusal("; ".join(said), is_expected)
 
 
 def fabrics_for(platform: str | None) -> list[Fabric]:
@@ -137,54 +148,6 @@ def _mismatch(platform: Platform) -> str | None:
                         f"the {part} of {fabric.target(op)} should be {names}; got "
                         f"{handler.get(part)}"
                     )
-    return None
-
-
-def _refuses_several_devices(call: Call) -> str | None:
-    if not call.spans_devices:
-        return None
-    devices = "GPUs" if call.platform == "gpu" else "devices"
-    return f"it serves ranks that are all on one, and these are {call.layout.num_ranks} {devices}"
-
-
-def _refuses_choices(call: Call) -> str | None:
-    most, num_topk = library("gpu").jax_ep_max_topk(), call.layout.num_topk
-    if num_topk > most:
-        return f"it has room for {most} choices per token, and these are {num_topk}"
-    return None
-
-
-def _refuses_on_gpu(call: Call) -> str | None:
-    return _refuses_choices(call) or _refuses_several_devices(call)
-
-
-def _refuses_gpus(call: Call) -> str | None:
-    if (problem := _refuses_choices(call)) is not None:
-        return problem
-    most, num_ranks = library("gpu").jax_ep_max_peers(), call.layout.num_ranks
-    if num_ranks > most:
-        return f"it has room for {most} ranks, and these are {num_ranks}"
-    return gpu_peers_problem()
-
-
-def _refuses_gpus_of_processes(call: Call) -> str | None:
-    return _refuses_several_processes(call) or _refuses_gpus(call)
-
-
-def _refuses_gpus_of_one_process(call: Call) -> str | None:
-    return _refuses_one_process(call) or _refuses_gpus(call)
-
-
-def _refuses_several_processes(call: Call) -> str | None:
-    if call.spans_processes:
-        count = max(map(len, call.groups))
-        return f"it serves ranks on devices of one process, and these are in {count}"
-    return None
-
-
-def _refuses_one_process(call: Call) -> str | None:
-    if not call.spans_processes:
-        return "it serves ranks on devices of several processes, and these are in one"
     return None
 
 
@@ -241,14 +204,14 @@ FABRICS: tuple[Fabric, ...] = (
         name="stacked",
         platform="cpu",
         serves="one rank, and the ranks of a vmap axis, on one CPU device",
-        refuses=_refuses_several_devices,
+        refuses=_refusals.several_devices,
         reads_place=False,
     ),
     Fabric(
         name="devices",
         platform="cpu",
         serves="ranks on the CPU devices of one process",
-        refuses=_refuses_several_processes,
+        refuses=_refusals.several_processes,
         adds=_add_members,
         attributes=lambda _: ("members",),
     ),
@@ -256,17 +219,27 @@ FABRICS: tuple[Fabric, ...] = (
         name="processes",
         platform="cpu",
         serves="ranks on the CPU devices of several processes of one host",
-        refuses=_refuses_one_process,
+        refuses=_refusals.one_process,
         join=lambda call: _processes.join(call.groups, "cpu"),
         adds=_add_agreement,
         operands=lambda _: ("numbers",),
         attributes=lambda _: ("members", "kind"),
     ),
     Fabric(
+        name="rounds",
+        platform="cpu",
+        serves="ranks on CPU devices anywhere, by XLA's collectives",
+        refuses=_refusals.one_device,
+        operands=_rounds.onto,
+        plan=_rounds.told_of_plan,
+        takes_one=True,
+        carry=_rounds.run,
+    ),
+    Fabric(
         name="stacked",
         platform="gpu",
         serves="one rank, and the ranks of a vmap axis, on one GPU",
-        refuses=_refuses_on_gpu,
+        refuses=_refusals.several_gpus,
         reads_place=False,
         adds=_add_workspace,
         results=_workspace,
@@ -275,7 +248,7 @@ FABRICS: tuple[Fabric, ...] = (
         name="devices",
         platform="gpu",
         serves="ranks on GPUs of one process that can read each other's memory",
-        refuses=_refuses_gpus_of_processes,
+        refuses=_refusals.gpus_of_several_processes,
         adds=functools.partial(_add_to_gpus, in_windows=False),
         operands=_gathered,
         results=lambda op: _workspace(op) or _PARTIALS.get(op, ()),
@@ -285,11 +258,23 @@ FABRICS: tuple[Fabric, ...] = (
         name="processes",
         platform="gpu",
         serves="ranks on GPUs of several processes of one host that can read each other's memory",
-        refuses=_refuses_gpus_of_one_process,
+        refuses=_refusals.gpus_of_one_process,
         join=lambda call: _processes.join(call.groups, "gpu"),
         adds=functools.partial(_add_to_gpus, in_windows=True),
         operands=_gathered,
         results=_workspace,
         attributes=_members_and_sums,
+    ),
+    Fabric(
+        name="rounds",
+        platform="gpu",
+        serves="ranks on GPUs anywhere, by XLA's collectives",
+        refuses=_refusals.one_gpu,
+        adds=_add_workspace,
+        operands=_rounds.onto,
+        results=_workspace,
+        plan=_rounds.told_of_plan,
+        takes_one=True,
+        carry=_rounds.run,
     ),
 )

@@ -40,6 +40,17 @@ class Layout:
         """Choices a rank keeps at most: what is left when every group pays the worst padding."""
         return self.capacity - padding_reserve(self.num_local_experts, self.alignment)
 
+    @property
+    def ranks_of_a_token(self) -> tuple[float, float]:
+        """On how many ranks a token of random experts has choices, and on how many just one."""
+        experts, local = self.num_experts, self.num_local_experts
+        topk = min(self.num_topk, experts)  # others are duplicates
+        ways = math.comb(experts, topk)
+        others = experts - local
+        none = math.comb(others, topk) / ways
+        one = local * math.comb(others, topk - 1) / ways
+        return self.num_ranks * (1 - none), self.num_ranks * one
+
 
 def padding_reserve(num_local_experts: int, alignment: int) -> int:
     """Returns the rows that alignment can cost a rank: every group one short of a multiple."""

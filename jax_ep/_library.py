@@ -155,9 +155,9 @@ def describe(platform: Platform) -> dict[str, str]:
 
 
 @functools.cache
-def warn_once(reason: str) -> None:
-    """Warns that pure JAX takes the place of native code, once for each reason."""
-    warnings.warn(f"jax_ep uses implementation='xla': {reason}.", RuntimeWarning, stacklevel=3)
+def warn_once(reason: str, instead: str = "implementation='xla'") -> None:
+    """Warns of what takes the place of what should have served, once for each reason."""
+    warnings.warn(f"jax_ep uses {instead}: {reason}.", RuntimeWarning, stacklevel=3)
 
 
 def register() -> None:

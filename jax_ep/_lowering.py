@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_ep import _fabrics, _native, _xla
+from jax_ep import _fabrics, _xla
 from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
 from jax_ep._compat import concrete_mesh, vary_over, varying_axes
@@ -62,16 +62,13 @@ def _choose(call: Call, mesh: Any | None) -> tuple[Call, Carrier]:
         return call, _carry_nothing
     if layout.strict and layout.implementation == "xla":
         return call, _xla.run
-    refusal = None
     # In one process, ranks and groups say it all.
     if call.spans_devices and jax.process_count() > 1:
-        if mesh is None:
-            refusal = Refusal("the mesh is abstract, so that its processes are not known")
-        else:
-            call = dataclasses.replace(call, devices=devices_by_group(mesh, layout))
-    chosen = refusal or _fabrics.choose(call, join=True)
+        devices = None if mesh is None else devices_by_group(mesh, layout)
+        call = dataclasses.replace(call, devices=devices, is_placed=mesh is not None)
+    chosen = _fabrics.choose(call, join=True)
     if not isinstance(chosen, Refusal):
-        return call, functools.partial(_native.run, chosen)
+        return call, functools.partial(chosen.carry, chosen)
     if layout.strict:
         raise NotImplementedError(f"implementation='native' cannot serve here: {chosen.reason}")
     if not chosen.is_expected:

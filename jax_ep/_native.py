@@ -1,17 +1,12 @@
-"""The exchange in native code: whether it serves, and its foreign calls."""
+"""The exchange in native code: whether it serves where a plan is traced."""
 
-import math
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
-import jax
-import numpy as np
-from jaxtyping import Array
-
-from jax_ep._call import Call, Operands
-from jax_ep._compat import result_type, trace_platform
-from jax_ep._fabrics import GEOMETRY, Fabric, choose, platform_problem
+from jax_ep._call import Call
+from jax_ep._compat import trace_platform
+from jax_ep._fabrics import choose, platform_problem
 from jax_ep._layout import Layout
-from jax_ep._library import describe, native_platform, register_handlers, warn_once
+from jax_ep._library import describe, native_platform, warn_once
 from jax_ep._ops import PLAN
 from jax_ep._processes import Refusal
 from jax_ep._types import Binding, Platform
@@ -54,32 +49,3 @@ def library_info() -> dict[str, str]:
     if (reason := unavailable_reason()) is not None:
         raise NotImplementedError(reason)
     return describe(cast(Platform, platform_here()))
-
-
-def run(fabric: Fabric, call: Call, operands: Operands) -> list[Array]:
-    """Calls an op's handler for the rank of this device, or for all ranks of a leading axis."""
-    register_handlers(fabric.platform)
-    op, layout = call.op, call.layout
-    stack, like = operands.where.rank.shape, operands.payloads[0]
-    types = [
-        result_type(stack + shape, dtype, like)
-        for shape, dtype in op.result_types(layout, operands.payloads)
-    ]
-    own = (*(operands.plan or ()), *operands.payloads)
-    added = fabric.adds(call, operands)
-    attributes: dict[str, Any] = {
-        "call": call.name,
-        **{name: np.int64(getattr(layout, name)) for name in GEOMETRY},
-        **{name: np.int64(option(layout)) for name, option in op.options.items()},
-        **dict(zip(fabric.attributes(op), added.attributes, strict=True)),
-    }
-    foreign = jax.ffi.ffi_call(fabric.target(op), [*types, *added.results])
-    where = operands.where if fabric.reads_place else _constant_place(stack)
-    return list(foreign(*where, *added.operands, *own, **attributes))[: len(types)]
-
-
-def _constant_place(stack: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what stands in for rank and group where all ranks are stacked, in their order."""
-    # XLA turns constants back into kernels if they are all one number, or a line that counts up.
-    ranks = np.arange(math.prod(stack), dtype=np.int32).reshape(1, *stack)
-    return ranks, ranks

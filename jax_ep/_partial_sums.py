@@ -7,7 +7,6 @@ are. Peers in other processes read a window, though, and not the rows: in there 
 place of a copy of all rows, and rows that are alone as sums of one.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def saved_seconds(
     0.13 ms of summing. Into a window the sums take 0.26 ms, and copying all rows 0.31 or more.
     """
     ranks, tokens, topk = layout.num_ranks, layout.num_tokens, layout.num_topk
-    distinct, single = _ranks_of_a_token(layout)
+    distinct, single = layout.ranks_of_a_token
     total = tokens * sum(row_bytes)
     elsewhere = (ranks - 1) / ranks
     wire = (topk - distinct) * elsewhere * total / _WIRE
@@ -65,14 +64,3 @@ def saved_seconds(
     if are_weighted:
         saved -= _GATHER + (ranks - 1) * tokens * topk * 4 / _WIRE
     return saved
-
-
-def _ranks_of_a_token(layout: Layout) -> tuple[float, float]:
-    """Returns how many ranks a token has choices on, and on how many just one, to be expected."""
-    experts, local = layout.num_experts, layout.num_local_experts
-    topk = min(layout.num_topk, experts)  # others are duplicates
-    ways = math.comb(experts, topk)
-    others = experts - local
-    none = math.comb(others, topk) / ways
-    one = local * math.comb(others, topk - 1) / ways
-    return layout.num_ranks * (1 - none), layout.num_ranks * one

@@ -41,9 +41,7 @@ def plan(
     topk_idx: Int32[Array, "num_tokens num_topk"],
 ) -> list[Array]:
     """Gathers the choices of all ranks and computes this rank's plan from them."""
-    wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
-    wire = topk_idx.astype(wire_dtype)
-    expert = _all_gather(layout, wire).astype(jnp.int32)
+    expert = gather_choices(layout, topk_idx)
     kept, row = _place(layout, expert)
     dest = jnp.where(kept, expert // layout.num_local_experts, DROPPED)
 
@@ -70,6 +68,14 @@ def plan(
         fingerprint=jnp.zeros_like(rank, dtype=jnp.uint32),
     )
     return list(plan)
+
+
+def gather_choices(
+    layout: Layout, topk_idx: Int32[Array, "num_tokens num_topk"]
+) -> Int32[Array, "num_ranks num_tokens num_topk"]:
+    """Gathers the choices of all ranks, in 2 bytes each if that is enough."""
+    wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
+    return _all_gather(layout, topk_idx.astype(wire_dtype)).astype(jnp.int32)
 
 
 def gather_rows(
@@ -126,7 +132,7 @@ def row_dots(
     dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
     dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
     # Each choice has its row on one rank; the others contribute exact zeros.
-    return [_swap_slices(layout, dots).sum(axis=0)]
+    return [swap_slices(layout, dots).sum(axis=0)]
 
 
 _OPS: dict[str, Callable[..., list[Array]]] = {
@@ -151,7 +157,7 @@ def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> A
             # The product too: the weight of a choice without a row may be NaN.
             picked = _mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
         partial += picked
-    partial = _swap_slices(layout, partial.astype(rows.dtype))
+    partial = swap_slices(layout, partial.astype(rows.dtype))
     total, _ = jax.lax.scan(
         lambda total, part: (total + part.astype(dtype), None),
         jnp.zeros_like(partial[0], dtype),
@@ -165,7 +171,7 @@ def _place(layout: Layout, expert: Array) -> tuple[Array, Array]:
     num_experts, num_ranks = layout.num_experts, layout.num_ranks
     routed = expert != DROPPED
     dest = jnp.where(routed, expert // layout.num_local_experts, num_ranks)
-    arrival = _position_among_equals(dest.transpose(2, 1, 0).reshape(-1), num_ranks + 1)
+    arrival = position_among_equals(dest.transpose(2, 1, 0).reshape(-1), num_ranks + 1)
     arrival = arrival.reshape(dest.shape[::-1]).transpose(2, 1, 0)
     kept = routed & (arrival < layout.budget)
 
@@ -173,7 +179,7 @@ def _place(layout: Layout, expert: Array) -> tuple[Array, Array]:
     starts = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
     group = jnp.where(kept, expert, num_experts).reshape(-1)
     row = starts.at[group].get(mode="fill", fill_value=0)
-    row = row + _position_among_equals(group, num_experts + 1)
+    row = row + position_among_equals(group, num_experts + 1)
     return kept, row.reshape(expert.shape)
 
 
@@ -183,7 +189,7 @@ def _group_rows(layout: Layout, expert: Array, kept: Array) -> Array:
     return counts.reshape(layout.num_ranks, layout.num_local_experts)
 
 
-def _position_among_equals(keys: Array, num_keys: int) -> Array:
+def position_among_equals(keys: Array, num_keys: int) -> Array:
     """Returns for each element how many equal ones stand before it."""
     order = jnp.argsort(keys, stable=True)
     counts = _count(keys, num_keys)
@@ -221,7 +227,7 @@ def _all_gather(layout: Layout, x: Array) -> Array:
     return gather(x)
 
 
-def _swap_slices(layout: Layout, x: Array) -> Array:
+def swap_slices(layout: Layout, x: Array) -> Array:
     """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each."""
     if layout.axis_name != _STACK_AXIS:
         bits = jax.lax.all_to_all(_to_bits(x), layout.axis_name, split_axis=0, concat_axis=0)

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
+from jax_ep import _fabrics
 
 AXIS = "expert"
 DEFAULT_WAIT = 30.0
@@ -132,7 +133,15 @@ ALL_ROWS = [
 EMULATED = os.environ.get("JAX_EP_EMULATED_GPUS")
 """The library in which CPU devices are emulated GPUs, where the tests are to run on these."""
 
+FABRIC = os.environ.get("JAX_EP_FABRIC")
+"""The fabric that carries what several devices exchange, where the tests are to run on this one."""
+
 NAMES = ("xla", "native")
+
+
+def prefer(name: str) -> None:
+    """Has a fabric be chosen for whatever it serves."""
+    _fabrics.FABRICS = tuple(sorted(_fabrics.FABRICS, key=lambda fabric: fabric.name != name))
 
 
 def rows_for(jax_platforms: str | None, gpu_demanded: bool, emulated: bool = False) -> list[Row]:
@@ -153,6 +162,9 @@ def rows_for(jax_platforms: str | None, gpu_demanded: bool, emulated: bool = Fal
 ROWS = rows_for(
     os.environ.get("JAX_PLATFORMS"), os.environ.get("JAX_EP_REQUIRE_GPU") == "1", bool(EMULATED)
 )
+if FABRIC:
+    prefer(FABRIC)
+    ROWS = [row for row in ROWS if row.implementation == "native" and row.fabric is SHARD_MAP]
 
 
 def require(implementation: str, platform: str = "cpu") -> None:

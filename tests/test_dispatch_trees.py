@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from exchanges import make_plan, same_bits
-from implementations import AXIS, Row, over_devices, stacked
+from implementations import AXIS, FABRIC, Row, over_devices, stacked
 from strategies import Shape, duplicates
 
 import jax_ep
@@ -114,7 +114,7 @@ def test_it_is_one_exchange(over_ranks, implementation: str) -> None:
 
     floats = {name: tokens()[name] for name in ("scales", "x", "quantised")}
     f = over_ranks(lambda idx, x: jax.grad(lambda x: loss(idx, x))(x), 4)
-    if implementation == "native":
+    if implementation == "native" and FABRIC != "rounds":
         text = jax.jit(f).lower(TOPK_IDX, floats).as_text()
         assert text.count("@jax_ep_reduce_rows") == 1
         text = jax.jit(over_ranks(loss, 4)).lower(TOPK_IDX, floats).as_text()

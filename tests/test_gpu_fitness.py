@@ -15,7 +15,7 @@ import pytest
 from implementations import EMULATED, require
 
 import jax_ep
-from jax_ep import _fabrics, _info, _library, _native
+from jax_ep import _fabrics, _foreign, _info, _library, _native, _refusals
 from jax_ep._ops import OPS
 
 if EMULATED:
@@ -86,6 +86,7 @@ class Machine:
         which = lambda platform: library if platform == "gpu" else of_cpu  # noqa: E731
         self.patch.setattr(_library, "library", which)
         self.patch.setattr(_fabrics, "library", which)
+        self.patch.setattr(_refusals, "library", which)
         self.patch.setattr(
             _library,
             "library_path",
@@ -180,7 +181,7 @@ def test_a_cpu_device_beside_gpus_is_served_by_its_own_library(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.has(Library(), *gpus(CUDA, 0))
-    monkeypatch.setattr(_native, "register_handlers", register_of_the_cpu)
+    monkeypatch.setattr(_foreign, "register_handlers", register_of_the_cpu)
     topk_idx, x = jax.device_put(inputs(), jax.devices("cpu")[1])
     program = jax.jit(layer).lower(topk_idx, x)
     assert "jax_ep_plan_stacked" in program.as_text()

@@ -11,7 +11,7 @@ from implementations import AXIS
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
-from jax_ep import _fabrics, _native
+from jax_ep import _fabrics, _foreign, _native, _refusals
 
 T, K, E, H, C, WORKSPACE = 6, 2, 8, 16, 20, 123
 
@@ -37,10 +37,11 @@ class Library:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "trace_platform", lambda: "gpu")
     monkeypatch.setattr(_fabrics, "library", lambda _: Library)
+    monkeypatch.setattr(_refusals, "library", lambda _: Library)
     monkeypatch.setattr(_fabrics, "platform_problem", lambda _: None)
-    monkeypatch.setattr(_fabrics, "gpu_peers_problem", lambda: None)
+    monkeypatch.setattr(_refusals, "gpu_peers_problem", lambda: None)
     monkeypatch.setattr(_native, "platform_problem", lambda _: None)
-    monkeypatch.setattr(_native, "register_handlers", lambda _: None)
+    monkeypatch.setattr(_foreign, "register_handlers", lambda _: None)
 
 
 def layer(x: jax.Array, topk_idx: jax.Array, weights: jax.Array, axis: str | None) -> jax.Array:
@@ -133,17 +134,20 @@ def test_several_gpus() -> None:
 
 
 def test_more_gpus_than_there_is_room_for() -> None:
-    assert set(over_mesh(8)[0]) == {"xla"}
-    with pytest.raises(NotImplementedError, match="devices: it has room for 4 ranks, .* are 8"):
-        over_mesh(8, "native")
+    _check_rounds(*over_mesh(8))
 
 
 def test_gpus_that_cannot_read_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = "GPU 1 cannot read the memory of GPU 0 of this process"
-    monkeypatch.setattr(_fabrics, "gpu_peers_problem", lambda: problem)
-    assert set(over_mesh(4)[0]) == {"xla"}
-    with pytest.raises(NotImplementedError, match=f"devices: {problem}"):
-        over_mesh(4, "native")
+    monkeypatch.setattr(_refusals, "gpu_peers_problem", lambda: problem)
+    _check_rounds(*over_mesh(4))
+
+
+def _check_rounds(chosen: list[str], text: str) -> None:
+    """XLA gathers the choices, and each rank plans for itself."""
+    assert set(chosen) == {"native"}
+    assert "jax_ep_plan_rounds" in text
+    assert "all_gather" in text
 
 
 def test_more_choices_than_there_is_room_for() -> None:

@@ -18,7 +18,7 @@ from implementations import AXIS, ROWS, SHARD_MAP, Row, over_devices
 from strategies import BASE, CASES, TIGHT, Case
 
 import jax_ep
-from jax_ep import _fabrics, _native, _partial_sums
+from jax_ep import _fabrics, _foreign, _native, _partial_sums, _refusals
 from jax_ep._layout import Layout
 
 USED = {False: "every_choice", True: "partial_sums"}
@@ -146,7 +146,7 @@ def test_ranks_of_a_token() -> None:
     rng = np.random.default_rng(0)
     drawn = np.argsort(rng.random((20000, 24)), axis=-1)[:, :5] // 3
     counts = (drawn[..., None] == np.arange(8)).sum(1)
-    distinct, single = _partial_sums._ranks_of_a_token(layout(num_experts=24, num_topk=5))
+    distinct, single = layout(num_experts=24, num_topk=5).ranks_of_a_token
     assert distinct == pytest.approx((counts > 0).sum(1).mean(), abs=0.02)
     assert single == pytest.approx((counts == 1).sum(1).mean(), abs=0.02)
 
@@ -164,10 +164,11 @@ def test_what_a_program_passes(monkeypatch: pytest.MonkeyPatch, used: bool) -> N
     """All weights and room for the sums, or one rank's weights and no room."""
     monkeypatch.setattr(_native, "trace_platform", lambda: "gpu")
     monkeypatch.setattr(_fabrics, "library", lambda _: Library)
+    monkeypatch.setattr(_refusals, "library", lambda _: Library)
     monkeypatch.setattr(_fabrics, "platform_problem", lambda _: None)
-    monkeypatch.setattr(_fabrics, "gpu_peers_problem", lambda: None)
+    monkeypatch.setattr(_refusals, "gpu_peers_problem", lambda: None)
     monkeypatch.setattr(_native, "platform_problem", lambda _: None)
-    monkeypatch.setattr(_native, "register_handlers", lambda _: None)
+    monkeypatch.setattr(_foreign, "register_handlers", lambda _: None)
     monkeypatch.setattr(_partial_sums, "FORCED", used)
 
     def per_rank(rows: jax.Array, topk_idx: jax.Array, weights: jax.Array) -> jax.Array:

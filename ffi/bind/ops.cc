@@ -34,6 +34,32 @@ const float* ReadWeights(CallReader& reader, const PlanSizes& sizes) {
       "weights", reader.where().num_stacked * sizes.num_tokens * sizes.num_topk);
 }
 
+// What a plan is made of: the choices of so many ranks.
+PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks) {
+  PlanArgs args = {};
+  args.num_ranks = sizes.num_ranks;
+  args.num_tokens = sizes.num_tokens;
+  args.num_topk = sizes.num_topk;
+  args.num_experts = sizes.num_experts;
+  args.capacity = sizes.capacity;
+  args.alignment = reader.Attribute("alignment");
+  const std::int64_t choices = args.choices_per_rank();
+  args.topk_idx = PeerTable(reader.Operand<std::int32_t>("topk_idx", ranks * choices),
+                            choices * kWordBytes);
+  return args;
+}
+
+// The plans of so many ranks, to be filled in.
+PlanArrays ReadPlanResults(CallReader& reader, const PlanSizes& sizes,
+                           std::int64_t ranks) {
+  PlanArrays plan = {};
+  VisitPlanArrays(
+      plan, sizes, [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
+        array = reader.Result<T>(name, ranks * elements);
+      });
+  return plan;
+}
+
 GatherRowsArgs ReadGathered(CallReader& reader, const PlanSizes& sizes,
                             const PlanArrays& plan, const Tensor& x) {
   const std::int64_t stack = reader.where().num_stacked;
@@ -60,6 +86,10 @@ GatherRowsArgs ReadGathered(CallReader& reader, const PlanSizes& sizes,
   return args;
 }
 
+std::int64_t StackedTokens(const CallReader& reader, const PlanSizes& sizes) {
+  return reader.where().num_stacked * sizes.num_tokens;
+}
+
 // What the ops in which each token pulls its choices' rows are told of them.
 template <typename KernelArgs>
 KernelArgs ReadPulled(CallReader& reader, const PlanSizes& sizes,
@@ -82,8 +112,67 @@ KernelArgs ReadPulled(CallReader& reader, const PlanSizes& sizes,
   return args;
 }
 
-std::int64_t StackedTokens(const CallReader& reader, const PlanSizes& sizes) {
-  return reader.where().num_stacked * sizes.num_tokens;
+ReduceRowsArgs ReadReduced(CallReader& reader, const PlanSizes& sizes,
+                           const PlanArrays& plan, const Tensor& rows,
+                           const float* weights, const char* out) {
+  auto args = ReadPulled<ReduceRowsArgs>(reader, sizes, plan, rows);
+  args.weights = weights;
+  args.out = reader.Result(out, rows.type, StackedTokens(reader, sizes) * args.hidden);
+  return args;
+}
+
+RowDotsArgs ReadRowDots(CallReader& reader, const PlanSizes& sizes,
+                        const PlanArrays& plan) {
+  const Tensor rows = reader.Operand("rows", 2);
+  auto args = ReadPulled<RowDotsArgs>(reader, sizes, plan, rows);
+  const std::int64_t tokens = StackedTokens(reader, sizes);
+  args.dout = reader.Operand("dout", rows.type, tokens * args.hidden);
+  args.dots = reader.Result<float>("dots", tokens * sizes.num_topk);
+  return args;
+}
+
+// What local ops are told of a plan.
+PlanArrays ReadSendLists(CallReader& reader, const PlanSizes& sizes) {
+  reader.Require(reader.where().num_stacked == 1, "one rank");
+  PlanArrays plan = {};
+  const std::int64_t choices = sizes.num_tokens * sizes.num_topk;
+  plan.send_rank = reader.Operand<std::int32_t>("send_rank", choices);
+  plan.send_row = reader.Operand<std::int32_t>("send_row", choices);
+  return plan;
+}
+
+// Those that fill rows are told of their groups as well.
+PlanArrays ReadSendListsAndGroups(CallReader& reader, const PlanSizes& sizes) {
+  PlanArrays plan = ReadSendLists(reader, sizes);
+  const std::int64_t groups = sizes.num_local_experts();
+  plan.group_sizes = reader.Operand<std::int32_t>("group_sizes", groups);
+  plan.group_rows = reader.Operand<std::int32_t>("group_rows", groups);
+  return plan;
+}
+
+GatherOp::Call ReadLocalGather(CallReader& reader, bool scaled) {
+  const PlanSizes sizes = ReadSizes(reader);
+  const Tensor onto = reader.Operand("onto", 2);
+  GatherOp::Call call = {.plan = ReadSendListsAndGroups(reader, sizes), .kernels = {}};
+  const Tensor x = reader.Operand("x", 2);
+  GatherRowsArgs args = ReadGathered(reader, sizes, call.plan, x);
+  if (scaled) {
+    args.weights = PeerTable(ReadWeights(reader, sizes), 0);
+    args.scaled = true;
+    reader.Require(KernelDType(x.type).has_value(), "x of a float dtype to scale");
+  }
+  args.rows = reader.Result("rows", x.type, args.capacity * args.hidden);
+  reader.Require(onto.elements() == 0 || onto.data == args.rows,
+                 "onto in the buffer of rows");
+  call.kernels.push_back(args);
+  return call;
+}
+
+// The rows of all ranks are in one buffer.
+template <typename KernelArgs>
+PlannedCall<KernelArgs> InOneBuffer(const PlanArrays& plan, KernelArgs args) {
+  args.rows = PeerTable(args.rows[0], 0);
+  return {.plan = plan, .kernels = {args}};
 }
 
 }  // namespace
@@ -92,19 +181,8 @@ PlanOp::Call PlanOp::Read(CallReader& reader) {
   const std::int64_t stack = reader.where().num_stacked;
   const PlanSizes sizes = ReadSizes(reader);
   Call call = {};
-  call.args.num_ranks = sizes.num_ranks;
-  call.args.num_tokens = sizes.num_tokens;
-  call.args.num_topk = sizes.num_topk;
-  call.args.num_experts = sizes.num_experts;
-  call.args.capacity = sizes.capacity;
-  call.args.alignment = reader.Attribute("alignment");
-  const std::int64_t choices = call.args.choices_per_rank();
-  call.args.topk_idx = PeerTable(
-      reader.Operand<std::int32_t>("topk_idx", stack * choices), choices * kWordBytes);
-  VisitPlanArrays(call.own, sizes,
-                  [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
-                    array = reader.Result<T>(name, stack * elements);
-                  });
+  call.args = ReadPlanArgs(reader, sizes, stack);
+  call.own = ReadPlanResults(reader, sizes, stack);
   return call;
 }
 
@@ -173,10 +251,8 @@ ReduceRowsOp::Call ReduceRowsOp::Read(CallReader& reader) {
   const PlanSizes sizes = ReadSizes(reader);
   Call call = {.plan = ReadPlanArrays(reader, sizes), .kernels = {}};
   for (const Tensor& rows : reader.Operands("*rows", 2)) {
-    auto args = ReadPulled<ReduceRowsArgs>(reader, sizes, call.plan, rows);
-    args.out =
-        reader.Result("*out", rows.type, StackedTokens(reader, sizes) * args.hidden);
-    call.kernels.push_back(args);
+    call.kernels.push_back(
+        ReadReduced(reader, sizes, call.plan, rows, nullptr, "*out"));
   }
   return call;
 }
@@ -185,25 +261,55 @@ ReduceScaledOp::Call ReduceScaledOp::Read(CallReader& reader) {
   const PlanSizes sizes = ReadSizes(reader);
   Call call = {.plan = ReadPlanArrays(reader, sizes), .kernels = {}};
   const Tensor rows = reader.Operand("rows", 2);
-  auto args = ReadPulled<ReduceRowsArgs>(reader, sizes, call.plan, rows);
-  args.weights = ReadWeights(reader, sizes);
-  args.out =
-      reader.Result("out", rows.type, StackedTokens(reader, sizes) * args.hidden);
-  call.kernels.push_back(args);
+  const float* weights = ReadWeights(reader, sizes);
+  call.kernels = {ReadReduced(reader, sizes, call.plan, rows, weights, "out")};
   return call;
 }
 
 RowDotsOp::Call RowDotsOp::Read(CallReader& reader) {
   const PlanSizes sizes = ReadSizes(reader);
   Call call = {.plan = ReadPlanArrays(reader, sizes), .kernels = {}};
-  const Tensor rows = reader.Operand("rows", 2);
-  auto args = ReadPulled<RowDotsArgs>(reader, sizes, call.plan, rows);
-  args.dout =
-      reader.Operand("dout", rows.type, StackedTokens(reader, sizes) * args.hidden);
-  args.dots =
-      reader.Result<float>("dots", StackedTokens(reader, sizes) * sizes.num_topk);
-  call.kernels.push_back(args);
+  call.kernels = {ReadRowDots(reader, sizes, call.plan)};
   return call;
+}
+
+LocalPlanOp::Call LocalPlanOp::Read(CallReader& reader) {
+  const PlanSizes sizes = ReadSizes(reader);
+  Call call = {};
+  call.args = ReadPlanArgs(reader, sizes, sizes.num_ranks);
+  call.rank = reader.where().rank;
+  reader.Require(reader.where().num_stacked == 1, "one rank");
+  call.own = ReadPlanResults(reader, sizes, 1);
+  return call;
+}
+
+GatherOp::Call LocalGatherRowsOp::Read(CallReader& reader) {
+  return ReadLocalGather(reader, /*scaled=*/false);
+}
+
+GatherOp::Call LocalGatherScaledOp::Read(CallReader& reader) {
+  return ReadLocalGather(reader, /*scaled=*/true);
+}
+
+LocalReduceRowsOp::Call LocalReduceRowsOp::Read(CallReader& reader) {
+  const PlanSizes sizes = ReadSizes(reader);
+  const PlanArrays plan = ReadSendLists(reader, sizes);
+  const Tensor rows = reader.Operand("rows", 2);
+  return InOneBuffer(plan, ReadReduced(reader, sizes, plan, rows, nullptr, "out"));
+}
+
+LocalReduceScaledOp::Call LocalReduceScaledOp::Read(CallReader& reader) {
+  const PlanSizes sizes = ReadSizes(reader);
+  const PlanArrays plan = ReadSendLists(reader, sizes);
+  const Tensor rows = reader.Operand("rows", 2);
+  const float* weights = ReadWeights(reader, sizes);
+  return InOneBuffer(plan, ReadReduced(reader, sizes, plan, rows, weights, "out"));
+}
+
+LocalRowDotsOp::Call LocalRowDotsOp::Read(CallReader& reader) {
+  const PlanSizes sizes = ReadSizes(reader);
+  const PlanArrays plan = ReadSendLists(reader, sizes);
+  return InOneBuffer(plan, ReadRowDots(reader, sizes, plan));
 }
 
 }  // namespace jax_ep

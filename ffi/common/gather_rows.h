@@ -40,18 +40,19 @@ struct GatherRowsArgs {
   cpu::PlanFault* fault = nullptr;  // or null; of use on the CPU alone
   // The other side of the receive lists: where this rank's own tokens go. Or null.
   // Where one kernel fills the rows of all ranks it goes by these, and reads no token
-  // twice.
+  // twice; where a rank's rows are filled with its own tokens, the receive lists may be
+  // null instead.
   const std::int32_t* send_rank = nullptr;  // [num_tokens, num_topk]
   const std::int32_t* send_row = nullptr;   // [num_tokens, num_topk]
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {
     GatherRowsArgs args = *this;
-    args.recv_choice += i * capacity;
-    args.recv_row += i * capacity;
+    if (recv_choice != nullptr) args.recv_choice += i * capacity;
+    if (recv_row != nullptr) args.recv_row += i * capacity;
     args.group_sizes += i * num_local_experts;
     args.group_rows += i * num_local_experts;
-    args.recv_counts += i * num_ranks;
+    if (recv_counts != nullptr) args.recv_counts += i * num_ranks;
     if (send_rank != nullptr) args.send_rank += i * num_tokens * num_topk;
     if (send_row != nullptr) args.send_row += i * num_tokens * num_topk;
     args.rows = static_cast<char*>(rows) + i * capacity * row_bytes;
@@ -61,6 +62,9 @@ struct GatherRowsArgs {
   EP_HOST_DEVICE std::int32_t TokenOf(std::int64_t entry) const {
     return jax_ep::TokenOf(*this, entry);
   }
+
+  // Whether this rank's rows are filled with its own tokens, as the send lists say.
+  EP_HOST_DEVICE bool FillsWithOwn() const { return recv_choice == nullptr; }
 
   EP_HOST_DEVICE std::int64_t NumReceived() const {
     std::int64_t sum = 0;

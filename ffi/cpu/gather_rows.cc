@@ -30,7 +30,7 @@ std::int64_t UsedRows(const GatherRowsArgs& args) {
 
 // Returns what is wrong with the numbers on which the cut into chunks rests, or null.
 const char* FindFault(const GatherRowsArgs& args) {
-  if (!AreCounts(args.recv_counts, args.num_ranks, args.capacity)) {
+  if (!args.FillsWithOwn() && !AreCounts(args.recv_counts, args.num_ranks, args.capacity)) {
     return kBadRecvCounts;
   }
   if (!AreCounts(args.group_sizes, args.num_local_experts, args.capacity)) {
@@ -110,6 +110,63 @@ void ScaleTokens(const GatherRowsArgs& args, std::int64_t begin, std::int64_t en
   }
 }
 
+// Tokens [begin, end) of this rank, each to the rows of its choices.
+void CopyOwn(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end) {
+  const RowMath& math = BestRowMath();
+  const bool stream = StreamsOutput(args.capacity * args.row_bytes);
+  std::vector<void*> targets;
+  for (std::int64_t t = begin; t < end; ++t) {
+    targets.clear();
+    for (std::int64_t i = t * args.num_topk; i < (t + 1) * args.num_topk; ++i) {
+      if (HasRow(args, i)) {
+        targets.push_back(Row(args, args.send_row[i]));
+      } else {
+        NoteMissingRow(args, i);
+      }
+    }
+    math.copy(TokenRow(args, static_cast<std::int32_t>(t)), targets.data(),
+              static_cast<std::int64_t>(targets.size()), args.row_bytes, stream);
+  }
+  math.fence();
+}
+
+void ScaleOwn(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end) {
+  const RowMath& math = BestRowMath();
+  const auto* weights = static_cast<const float*>(args.weights[0]);
+  for (std::int64_t i = begin * args.num_topk; i < end * args.num_topk; ++i) {
+    if (!HasRow(args, i)) {
+      NoteMissingRow(args, i);
+      continue;
+    }
+    math.scale(args.dtype, TokenRow(args, static_cast<std::int32_t>(i / args.num_topk)),
+               weights[i], Row(args, args.send_row[i]), args.hidden);
+  }
+}
+
+// What fills rows is cut into these.
+struct Sources {
+  std::int64_t count;  // tokens of this rank, or entries of the receive list
+  std::int64_t step;   // of them in a chunk
+
+  std::int64_t chunks() const { return CeilDiv(count, step); }
+};
+
+Sources SourcesOf(const GatherRowsArgs& args) {
+  if (!args.FillsWithOwn()) {
+    return {.count = args.NumReceived(), .step = RowsPerChunk(args)};
+  }
+  return {.count = args.num_tokens,
+          .step = ItemsPerChunk(args.row_bytes * args.num_topk)};
+}
+
+void FillRows(const GatherRowsArgs& args, std::int64_t begin, std::int64_t end) {
+  if (args.FillsWithOwn()) {
+    (args.scaled ? ScaleOwn : CopyOwn)(args, begin, end);
+  } else {
+    (args.scaled ? ScaleTokens : CopyTokens)(args, begin, end);
+  }
+}
+
 void ZeroPadding(const GatherRowsArgs& args) {
   std::int64_t start = 0;
   for (std::int64_t i = 0; i < args.num_local_experts; ++i) {
@@ -120,21 +177,19 @@ void ZeroPadding(const GatherRowsArgs& args) {
   }
 }
 
-// Chunks are, in this order: entries of the receive list; the padding inside groups;
-// and, where it is to be zero, the tail.
+// Chunks are, in this order: what fills rows; the padding inside groups; and, where it
+// is to be zero, the tail.
 void RunChunk(const void* opaque, std::int64_t chunk) {
   const auto& args = *static_cast<const GatherRowsArgs*>(opaque);
-  const std::int64_t step = RowsPerChunk(args);
-  const std::int64_t num_received = args.NumReceived();
-  const std::int64_t entry_chunks = CeilDiv(num_received, step);
-  if (chunk < entry_chunks) {
-    const std::int64_t begin = chunk * step;
-    const std::int64_t end = std::min(begin + step, num_received);
-    (args.scaled ? ScaleTokens : CopyTokens)(args, begin, end);
-  } else if (chunk == entry_chunks) {
+  const Sources sources = SourcesOf(args);
+  if (chunk < sources.chunks()) {
+    const std::int64_t begin = chunk * sources.step;
+    FillRows(args, begin, std::min(begin + sources.step, sources.count));
+  } else if (chunk == sources.chunks()) {
     ZeroPadding(args);
   } else {
-    const std::int64_t begin = UsedRows(args) + (chunk - entry_chunks - 1) * step;
+    const std::int64_t step = RowsPerChunk(args);
+    const std::int64_t begin = UsedRows(args) + (chunk - sources.chunks() - 1) * step;
     const std::int64_t end = std::min(begin + step, args.capacity);
     std::memset(Row(args, begin), 0,
                 static_cast<std::size_t>((end - begin) * args.row_bytes));
@@ -149,11 +204,11 @@ Work GatherRowsWork(const GatherRowsArgs& args) {
     return {};
   }
   PrepareOutputPages(args.rows, args.capacity * args.row_bytes);
-  const std::int64_t step = RowsPerChunk(args);
   const std::int64_t tail = args.zero_tail ? args.capacity - UsedRows(args) : 0;
   return {.args = &args,
           .run = RunChunk,
-          .num_chunks = CeilDiv(args.NumReceived(), step) + 1 + CeilDiv(tail, step)};
+          .num_chunks =
+              SourcesOf(args).chunks() + 1 + CeilDiv(tail, RowsPerChunk(args))};
 }
 
 }  // namespace jax_ep::cpu

@@ -27,7 +27,8 @@ __device__ inline std::int64_t Clamp(std::int64_t value, std::int64_t highest) {
 __device__ inline Received ReceivedBy(const GatherRowsArgs& args) {
   __shared__ Received received;
   if (WarpInBlock() == 0) {
-    const std::int64_t entries = WarpTotal(args.recv_counts, args.num_ranks);
+    const std::int64_t entries =
+        args.FillsWithOwn() ? 0 : WarpTotal(args.recv_counts, args.num_ranks);
     const std::int64_t rows = WarpTotal(args.group_sizes, args.num_local_experts);
     if (Lane() == 0) {
       received = {Clamp(entries, args.capacity), Clamp(rows, args.capacity)};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ def _over_processes(f: PerRank, num_ranks: int) -> PerRank:
 
 
 PROCESSES = Fabric("processes", _over_processes, 8)
+ONE_DEVICE = "stacked"
 NATIVE = Row("native", PROCESSES, exact=True)
 XLA = Row("xla", PROCESSES, exact=False)
 
@@ -59,6 +61,13 @@ def test_eight_processes_agree_with_the_oracle() -> None:
 @multiprocess(2, 4, timeout=240)
 def test_two_processes_agree_with_the_oracle_by_collectives() -> None:
     _compare_with_oracle(XLA, np.float32)
+
+
+@multiprocess(2, 4, timeout=240)
+def test_two_hosts_agree_with_the_oracle() -> None:
+    _processes._host = lambda: [f"host {jax.process_index()}"]
+    _compare_with_oracle(NATIVE, np.float32)
+    _compare_with_oracle(NATIVE, ml_dtypes.bfloat16)
 
 
 def _compare_with_oracle(row: Row, dtype: Any) -> None:
@@ -82,17 +91,16 @@ def _compare_with_oracle(row: Row, dtype: Any) -> None:
 @multiprocess(2, 1)
 def test_the_choice_falls_on_native() -> None:
     require("native")
-    assert _carrier() == "native"
+    assert _carrier() == "processes"
 
 
 @multiprocess(2, 1)
-def test_processes_of_several_hosts_use_xla_and_native_says_why_not() -> None:
+def test_processes_of_several_hosts_exchange_in_rounds() -> None:
     require("native")
     _processes._host = lambda: [f"host {jax.process_index()}"]
-    assert _carrier() == "xla"
-    with pytest.raises(NotImplementedError, match=r"implementation='native'.* are on 2\b"):
-        _carrier("native")
-    assert _carrier(devices=jax.local_devices()) == "native"
+    assert _carrier() == _carrier("native") == "rounds"
+    assert _carrier(devices=jax.local_devices()) == ONE_DEVICE
+    assert _carrier("xla") == "xla"
 
 
 @multiprocess(2, 1)
@@ -102,11 +110,9 @@ def test_what_one_process_cannot_do_all_know() -> None:
     reach_all = _processes._reach_all
     if jax.process_index() == 1:
         _processes._reach_all = lambda *args: reach_all(*args) or "the needle"
-    with pytest.warns(RuntimeWarning, match="implementation='xla': the needle"):
-        assert _carrier() == "xla"
-    assert _carrier() == "xla"
-    with pytest.raises(NotImplementedError, match="the needle"):
-        _carrier("native")
+    with pytest.warns(RuntimeWarning, match="the fabric 'rounds': the needle"):
+        assert _carrier() == "rounds"
+    assert _carrier() == _carrier("native") == "rounds"
 
 
 @multiprocess(2, 1)
@@ -116,7 +122,7 @@ def test_a_process_without_shared_memory_is_told_to_all() -> None:
     if jax.process_index() == 1:
         _processes._host = _no_boot_id
     with pytest.warns(RuntimeWarning, match="process 1 cannot share memory: no boot id"):
-        assert _carrier() == "xla"
+        assert _carrier() == "rounds"
 
 
 @multiprocess(2, 1)
@@ -127,11 +133,11 @@ def test_a_process_that_compiles_late_is_waited_for_again() -> None:
         jax_ep.set_wait_timeout(0.5)
         with pytest.raises(TimeoutError, match="process 1 must compile the same program.* 0.5 s"):
             _carrier()
-        assert _carrier(devices=jax.local_devices()) == "native"
+        assert _carrier(devices=jax.local_devices()) == ONE_DEVICE
         jax_ep.set_wait_timeout(60)
     else:
         time.sleep(1.5)
-    assert _carrier() == "native"
+    assert _carrier() == "processes"
 
 
 @multiprocess(2, 1)
@@ -150,7 +156,10 @@ def _no_boot_id() -> list[str]:
 
 
 def _carrier(implementation: Any = None, devices: Any = None) -> str:
-    """Returns what carries a plan between one device of each process, or between those given."""
+    """Returns the fabric that carries a plan between one device of each process, or "xla".
+
+    Or between the devices that are given.
+    """
     mesh = jax.sharding.Mesh(np.array(devices or jax.devices()), ("expert",))
 
     def per_rank(topk_idx: jax.Array) -> jax.Array:
@@ -162,4 +171,5 @@ def _carrier(implementation: Any = None, devices: Any = None) -> str:
     spec = jax.sharding.PartitionSpec("expert")
     program = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
     text = program.lower(np.zeros((mesh.size, 1), np.int32)).as_text()
-    return "native" if "jax_ep_plan" in text else "xla"
+    fabric = re.search(r"jax_ep_plan_(\w+)", text)
+    return fabric[1] if fabric else "xla"

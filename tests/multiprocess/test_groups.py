@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 from implementations import require
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -38,9 +37,11 @@ def test_groups_of_different_hosts() -> None:
     _check(sides, "processes")
     assert reached == [2 * host, 2 * host + 1]
     across = [[(p, i) for p in pair for i in range(R // 2)] for pair in ((0, 2), (1, 3))]
-    _check(across, None)
-    with pytest.raises(NotImplementedError, match=r"implementation='native'.* are on 2\b"):
-        _check(across, None, "native")
+    _check(across, "rounds", "native")
+    _check(across, "rounds")
+    _check(across, None, "xla")
+    # Both in one program, each by who its members are.
+    _check(sides, "processes")
 
 
 @multiprocess(3, R, timeout=200)

@@ -15,13 +15,8 @@
 namespace jax_ep {
 namespace {
 
-using Body = std::function<void(std::int64_t)>;
-
-void MakePlansHere(const void* opaque, std::int64_t) {
-  const auto here = [](std::int64_t count, const Body& body) {
-    for (std::int64_t i = 0; i < count; ++i) body(i);
-  };
-  cpu::RunPlan(static_cast<const PlanOp::Call*>(opaque)->args, here);
+void MakeAllPlans(const void* opaque, std::int64_t) {
+  MakePlans(static_cast<const PlanOp::Call*>(opaque)->args);
 }
 
 template <typename KernelArgs, typename MakeWork>
@@ -34,9 +29,16 @@ std::vector<Work> WorksOfAll(const PlannedCall<KernelArgs>& call, MakeWork make)
 
 }  // namespace
 
+void MakePlans(const PlanArgs& args) {
+  using Body = std::function<void(std::int64_t)>;
+  cpu::RunPlan(args, [](std::int64_t count, const Body& body) {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+  });
+}
+
 // Less than waking a helper costs: one rank's work makes all plans, on one thread.
 std::vector<Work> WorksOf(const PlanOp::Call& call) {
-  return {{.args = &call, .run = MakePlansHere, .num_chunks = call.makes_all ? 1 : 0}};
+  return {{.args = &call, .run = MakeAllPlans, .num_chunks = call.makes_all ? 1 : 0}};
 }
 
 std::vector<Work> WorksOf(const PlannedCall<GatherRowsArgs>& call) {

@@ -15,6 +15,9 @@
 
 namespace jax_ep {
 
+// Makes plans on this thread.
+void MakePlans(const PlanArgs& args);
+
 // The works of a call whose lent buffers are in its tables. They read the call when
 // they run: it must live until then.
 std::vector<Work> WorksOf(const PlanOp::Call& call);

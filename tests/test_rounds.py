@@ -1,0 +1,154 @@
+"""Rounds over XLA's collectives: how many, the same bits in any number, what crosses the wire."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import strategies
+from exchanges import FIELDS, TARGETS, Answers
+from implementations import AXIS, EMULATED, Fabric, Row, over_devices, prefer, require
+from strategies import BASE, TIGHT, Shape
+
+import jax_ep
+from jax_ep import _fabrics, _rounds
+from jax_ep._axes import place
+from jax_ep._call import Call, Operands
+from jax_ep._ops import GATHER_ROWS
+
+R, T, K, E, H = 4, 32, 4, 16, 16
+MANY = 0.1
+"""Room for a tenth of what pairs send as a rule: a dozen rounds."""
+
+
+@pytest.fixture(autouse=True)
+def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("native")
+    monkeypatch.setattr(_fabrics, "FABRICS", _fabrics.FABRICS)
+    prefer("rounds")
+
+
+@pytest.fixture(params=[_rounds.ROOM_FACTOR, MANY], ids=["one", "many"])
+def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
+    """Rounds as they are, and so small that there are many: a fabric each, as programs differ."""
+    monkeypatch.setattr(_rounds, "ROOM_FACTOR", request.param)
+    fabric = Fabric(f"rounds of {request.param}", over_devices, 8)
+    return Row("native", fabric, exact=True, platform="emulated" if EMULATED else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "routing"),
+    [
+        (TIGHT, strategies.distinct),
+        (BASE, strategies.duplicates),
+        (BASE, strategies.out_of_range),
+        (BASE, strategies.everything_to_one_expert),
+        (BASE, strategies.a_rank_receives_nothing),
+        (Shape(num_ranks=2, num_topk=5, num_experts=8, alignment=4), strategies.distinct),
+        (
+            Shape(num_ranks=8, num_experts=24, alignment=4, tail="uninitialized"),
+            strategies.distinct,
+        ),
+    ],
+)
+def test_every_op_in_any_number_of_rounds(
+    row: Row, shape: Shape, routing: strategies.Routing
+) -> None:
+    result = Answers.of(row, shape, routing(shape))
+    inputs = result.inputs
+    for name in (*FIELDS, *TARGETS):
+        result.same(name)
+    for name in ("sent", "drows", "plain_drows"):
+        result.same_rows(name)
+    result.same_sum("out", inputs.rows, inputs.weights)
+    result.same_sum("plain", inputs.rows)
+    result.same_sum("dx", inputs.drows)
+    result.close_dots()
+
+
+def random_routing(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.argsort(rng.random((R, T, E)), axis=-1)[:, :, :K].astype(np.int32)
+
+
+def make_plan(topk_idx: jax.Array) -> jax_ep.Plan:
+    return jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
+
+
+def num_rounds(topk_idx: np.ndarray) -> tuple[int, int]:
+    """Returns how many rounds there are, and for how many tokens each pair has room in one."""
+
+    def per_rank(topk_idx: jax.Array) -> tuple[jax.Array, jax.Array]:
+        plan = make_plan(topk_idx)
+        call = Call(GATHER_ROWS, plan._layout, "mesh", "dispatch", "cpu")
+        operands = Operands(place(plan._layout), plan._arrays, ())
+        wire = _rounds._Wire.of(_fabrics.fabrics_for("cpu")[0], call, operands)
+        return wire.num_rounds, jnp.int32(wire.room)
+
+    counts, rooms = jax.jit(over_devices(per_rank, R))(topk_idx)
+    [count] = {*counts.tolist()}  # All ranks agree.
+    return count, int(rooms[0])
+
+
+def test_a_balanced_exchange_takes_one_round() -> None:
+    for seed in range(5):
+        assert num_rounds(random_routing(seed))[0] == 1
+
+
+@pytest.mark.parametrize("choice", ["first", "every"])
+def test_as_many_as_the_fullest_pair_needs(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    """A token goes to a rank once, however many of its choices are there."""
+    monkeypatch.setattr(_rounds, "ROOM_FACTOR", 0.2)
+    topk_idx = np.full((R, T, K), jax_ep.DROPPED, np.int32)
+    for tokens in range(T + 1):
+        if tokens:
+            topk_idx[2, tokens - 1] = [12, -1, -1, -1] if choice == "first" else [12, 13, 12, 15]
+        count, room = num_rounds(topk_idx)
+        assert room == math.ceil(0.2 * T * (1 - math.comb(12, 4) / math.comb(16, 4)))
+        assert count == max(1, -(-tokens // room))
+
+
+def collectives(text: str, name: str) -> Iterator[int]:
+    """Finds the bytes that each collective of a program brings to a device."""
+    for types in re.findall(rf"= \(?([^=]*?)\)? {name}\(", text):
+        shapes = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", types)
+        yield sum(
+            int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
+            for _, bits, dims in shapes
+        )
+
+
+def test_what_a_round_takes_over_the_wire() -> None:
+    """No rank gets all ranks' tokens; rows cross once for each rank that wants them."""
+
+    def layer(x: jax.Array, plan: jax_ep.Plan) -> jax.Array:
+        return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
+
+    x = np.ones((R, T, 256), np.float32)
+    plan = jax.jit(over_devices(make_plan, R))(random_routing())
+    program = jax.jit(over_devices(layer, R)).lower(x, plan).compile()
+    text = program.as_text()
+    assert not list(collectives(text, "all-gather"))
+    room = _rounds.room_of(plan._layout)
+    rows, numbers = R * room * 256 * 4, R * room * K * 4
+    # The round that there always is, and the loops' bodies; those of combine are half as large.
+    half = (room + 1) // 2 * R * 4
+    want = [numbers, rows] * 3 + [half * K, half * 256] * 2
+    assert sorted(collectives(text, "all-to-all")) == sorted(want)
+    program(x, plan)
+
+
+def test_memory_grows_with_rounds_and_not_with_ranks() -> None:
+    """Dispatch and combine hold two rounds' rows, and what XLA copies once more."""
+    plan = jax.jit(over_devices(make_plan, R))(random_routing())
+    x, rows = np.ones((R, T, 4096), np.float32), np.ones((R, plan.capacity, 4096), np.float32)
+    a_round = R * _rounds.room_of(plan._layout) * 4096 * 4
+    for f, operand in ((jax_ep.dispatch, x), (jax_ep.combine, rows)):
+        memory = jax.jit(over_devices(f, R)).lower(operand, plan).compile().memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes <= 3.1 * a_round
