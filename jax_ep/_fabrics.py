@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _foreign, _partial_sums, _processes, _refusals, _rounds
+from jax_ep import _foreign, _local, _partial_sums, _processes, _refusals, _rounds
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
@@ -60,7 +60,8 @@ class Fabric:
       results: likewise; they stand last.
       attributes: likewise.
       plan: what its handlers are told of a plan, by op.
-      takes_one: whether they take one array of those of which the op takes any number.
+      payloads: what they take after the plan, by op.
+      own_results: what they return before what the fabric adds, by op.
       carry: carries an exchange, by its handlers.
     """
 
@@ -75,7 +76,8 @@ class Fabric:
     results: Callable[[Op], tuple[str, ...]] = lambda _: ()
     attributes: Callable[[Op], tuple[str, ...]] = lambda _: ()
     plan: Callable[[Op], tuple[str, ...]] = lambda op: PlanArrays._fields * op.takes_plan
-    takes_one: bool = False
+    payloads: Callable[[Op], tuple[str, ...]] = lambda op: op.payloads
+    own_results: Callable[[Op], tuple[str, ...]] = lambda op: op.results
     carry: Callable[["Fabric", Call, Operands], list[jax.Array]] = _foreign.run
 
     def target(self, op: Op) -> str:
@@ -84,14 +86,13 @@ class Fabric:
 
     def signature(self, op: Op) -> dict[str, list[str]]:
         """Returns what the library should say of an op's handler."""
-        parts = {
-            "operands": [*Place._fields, *self.operands(op), *self.plan(op), *op.payloads],
-            "results": [*op.results, *self.results(op)],
-            "attributes": ["call", *_foreign.GEOMETRY, *op.options, *self.attributes(op)],
+        told = (*self.operands(op), *self.plan(op), *self.payloads(op))
+        attributes = ("call", *_foreign.GEOMETRY, *op.options, *self.attributes(op))
+        return {
+            "operands": [*Place._fields, *told],
+            "results": [*self.own_results(op), *self.results(op)],
+            "attributes": sorted(attributes),
         }
-        if self.takes_one:
-            parts = {part: [n.removeprefix("*") for n in names] for part, names in parts.items()}
-        return parts | {"attributes": sorted(parts["attributes"])}
 
 
 def choose(call: Call, *, join: bool) -> Fabric | Refusal:
@@ -230,9 +231,10 @@ FABRICS: tuple[Fabric, ...] = (
         platform="cpu",
         serves="ranks on CPU devices anywhere, by XLA's collectives",
         refuses=_refusals.one_device,
-        operands=_rounds.onto,
-        plan=_rounds.told_of_plan,
-        takes_one=True,
+        operands=_local.onto,
+        plan=_local.told_of_plan,
+        payloads=_local.payloads,
+        own_results=_local.results,
         carry=_rounds.run,
     ),
     Fabric(
@@ -271,10 +273,11 @@ FABRICS: tuple[Fabric, ...] = (
         serves="ranks on GPUs anywhere, by XLA's collectives",
         refuses=_refusals.one_gpu,
         adds=_add_workspace,
-        operands=_rounds.onto,
+        operands=_local.onto,
         results=_workspace,
-        plan=_rounds.told_of_plan,
-        takes_one=True,
+        plan=_local.told_of_plan,
+        payloads=_local.payloads,
+        own_results=_local.results,
         carry=_rounds.run,
     ),
 )

@@ -16,7 +16,7 @@ from implementations import AXIS, EMULATED, Fabric, Row, over_devices, prefer, r
 from strategies import BASE, TIGHT, Shape
 
 import jax_ep
-from jax_ep import _fabrics, _rounds
+from jax_ep import _fabrics, _wire
 from jax_ep._axes import place
 from jax_ep._call import Call, Operands
 from jax_ep._ops import GATHER_ROWS
@@ -33,10 +33,10 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     prefer("rounds")
 
 
-@pytest.fixture(params=[_rounds.ROOM_FACTOR, MANY], ids=["one", "many"])
+@pytest.fixture(params=[_wire.ROOM_FACTOR, MANY], ids=["one", "many"])
 def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
     """Rounds as they are, and so small that there are many: a fabric each, as programs differ."""
-    monkeypatch.setattr(_rounds, "ROOM_FACTOR", request.param)
+    monkeypatch.setattr(_wire, "ROOM_FACTOR", request.param)
     fabric = Fabric(f"rounds of {request.param}", over_devices, 8)
     return Row("native", fabric, exact=True, platform="emulated" if EMULATED else "cpu")
 
@@ -87,7 +87,7 @@ def num_rounds(topk_idx: np.ndarray) -> tuple[int, int]:
         plan = make_plan(topk_idx)
         call = Call(GATHER_ROWS, plan._layout, "mesh", "dispatch", "cpu")
         operands = Operands(place(plan._layout), plan._arrays, ())
-        wire = _rounds._Wire.of(_fabrics.fabrics_for("cpu")[0], call, operands)
+        wire = _wire.Wire.of(call, operands)
         return wire.num_rounds, jnp.int32(wire.room)
 
     counts, rooms = jax.jit(over_devices(per_rank, R))(topk_idx)
@@ -103,7 +103,7 @@ def test_a_balanced_exchange_takes_one_round() -> None:
 @pytest.mark.parametrize("choice", ["first", "every"])
 def test_as_many_as_the_fullest_pair_needs(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
     """A token goes to a rank once, however many of its choices are there."""
-    monkeypatch.setattr(_rounds, "ROOM_FACTOR", 0.2)
+    monkeypatch.setattr(_wire, "ROOM_FACTOR", 0.2)
     topk_idx = np.full((R, T, K), jax_ep.DROPPED, np.int32)
     for tokens in range(T + 1):
         if tokens:
@@ -134,12 +134,13 @@ def test_what_a_round_takes_over_the_wire() -> None:
     program = jax.jit(over_devices(layer, R)).lower(x, plan).compile()
     text = program.as_text()
     assert not list(collectives(text, "all-gather"))
-    room = _rounds.room_of(plan._layout)
-    rows, numbers = R * room * 256 * 4, R * room * K * 4
-    # The round that there always is, and the loops' bodies; those of combine are half as large.
-    half = (room + 1) // 2 * R * 4
-    want = [numbers, rows] * 3 + [half * K, half * 256] * 2
-    assert sorted(collectives(text, "all-to-all")) == sorted(want)
+    room = _wire.room_of(plan._layout)
+    # A piece to each other rank: in the round that there always is, out and back, and in the loops'
+    # bodies. Those of combine are half as large.
+    piece, half = room * 256 * 4, (room + 1) // 2 * 256 * 4
+    want = (R - 1) * ([piece] * 3 + [half] * 2)
+    assert sorted(collectives(text, "collective-permute")) == sorted(want)
+    assert not list(collectives(text, "all-to-all"))
     program(x, plan)
 
 
@@ -147,7 +148,7 @@ def test_memory_grows_with_rounds_and_not_with_ranks() -> None:
     """Dispatch and combine hold two rounds' rows, and what XLA copies once more."""
     plan = jax.jit(over_devices(make_plan, R))(random_routing())
     x, rows = np.ones((R, T, 4096), np.float32), np.ones((R, plan.capacity, 4096), np.float32)
-    a_round = R * _rounds.room_of(plan._layout) * 4096 * 4
+    a_round = R * _wire.room_of(plan._layout) * 4096 * 4
     for f, operand in ((jax_ep.dispatch, x), (jax_ep.combine, rows)):
         memory = jax.jit(over_devices(f, R)).lower(operand, plan).compile().memory_analysis()
         assert memory is not None

@@ -103,6 +103,10 @@ class CallReader {
     return Checked(Result(name, 0), name, type, elements);
   }
 
+  std::size_t results_left() const {
+    return asked_ != nullptr ? 0 : results_.size() - next_result_;
+  }
+
   // All operands that are left.
   std::vector<Tensor> Operands(const char* name, std::size_t min_dims);
 

@@ -11,14 +11,6 @@ namespace {
 
 constexpr std::int64_t kWordBytes = 4;
 
-PlanSizes ReadSizes(CallReader& reader) {
-  return {.num_ranks = reader.Attribute("num_ranks"),
-          .num_tokens = reader.Attribute("num_tokens"),
-          .num_topk = reader.Attribute("num_topk"),
-          .num_experts = reader.Attribute("num_experts"),
-          .capacity = reader.Attribute("capacity")};
-}
-
 // The first operands of every op but the one that makes them.
 PlanArrays ReadPlanArrays(CallReader& reader, const PlanSizes& sizes) {
   PlanArrays plan = {};
@@ -32,32 +24,6 @@ PlanArrays ReadPlanArrays(CallReader& reader, const PlanSizes& sizes) {
 const float* ReadWeights(CallReader& reader, const PlanSizes& sizes) {
   return reader.Operand<float>(
       "weights", reader.where().num_stacked * sizes.num_tokens * sizes.num_topk);
-}
-
-// What a plan is made of: the choices of so many ranks.
-PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks) {
-  PlanArgs args = {};
-  args.num_ranks = sizes.num_ranks;
-  args.num_tokens = sizes.num_tokens;
-  args.num_topk = sizes.num_topk;
-  args.num_experts = sizes.num_experts;
-  args.capacity = sizes.capacity;
-  args.alignment = reader.Attribute("alignment");
-  const std::int64_t choices = args.choices_per_rank();
-  args.topk_idx = PeerTable(reader.Operand<std::int32_t>("topk_idx", ranks * choices),
-                            choices * kWordBytes);
-  return args;
-}
-
-// The plans of so many ranks, to be filled in.
-PlanArrays ReadPlanResults(CallReader& reader, const PlanSizes& sizes,
-                           std::int64_t ranks) {
-  PlanArrays plan = {};
-  VisitPlanArrays(
-      plan, sizes, [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
-        array = reader.Result<T>(name, ranks * elements);
-      });
-  return plan;
 }
 
 GatherRowsArgs ReadGathered(CallReader& reader, const PlanSizes& sizes,
@@ -131,51 +97,39 @@ RowDotsArgs ReadRowDots(CallReader& reader, const PlanSizes& sizes,
   return args;
 }
 
-// What local ops are told of a plan.
-PlanArrays ReadSendLists(CallReader& reader, const PlanSizes& sizes) {
-  reader.Require(reader.where().num_stacked == 1, "one rank");
-  PlanArrays plan = {};
-  const std::int64_t choices = sizes.num_tokens * sizes.num_topk;
-  plan.send_rank = reader.Operand<std::int32_t>("send_rank", choices);
-  plan.send_row = reader.Operand<std::int32_t>("send_row", choices);
-  return plan;
-}
-
-// Those that fill rows are told of their groups as well.
-PlanArrays ReadSendListsAndGroups(CallReader& reader, const PlanSizes& sizes) {
-  PlanArrays plan = ReadSendLists(reader, sizes);
-  const std::int64_t groups = sizes.num_local_experts();
-  plan.group_sizes = reader.Operand<std::int32_t>("group_sizes", groups);
-  plan.group_rows = reader.Operand<std::int32_t>("group_rows", groups);
-  return plan;
-}
-
-GatherOp::Call ReadLocalGather(CallReader& reader, bool scaled) {
-  const PlanSizes sizes = ReadSizes(reader);
-  const Tensor onto = reader.Operand("onto", 2);
-  GatherOp::Call call = {.plan = ReadSendListsAndGroups(reader, sizes), .kernels = {}};
-  const Tensor x = reader.Operand("x", 2);
-  GatherRowsArgs args = ReadGathered(reader, sizes, call.plan, x);
-  if (scaled) {
-    args.weights = PeerTable(ReadWeights(reader, sizes), 0);
-    args.scaled = true;
-    reader.Require(KernelDType(x.type).has_value(), "x of a float dtype to scale");
-  }
-  args.rows = reader.Result("rows", x.type, args.capacity * args.hidden);
-  reader.Require(onto.elements() == 0 || onto.data == args.rows,
-                 "onto in the buffer of rows");
-  call.kernels.push_back(args);
-  return call;
-}
-
-// The rows of all ranks are in one buffer.
-template <typename KernelArgs>
-PlannedCall<KernelArgs> InOneBuffer(const PlanArrays& plan, KernelArgs args) {
-  args.rows = PeerTable(args.rows[0], 0);
-  return {.plan = plan, .kernels = {args}};
-}
-
 }  // namespace
+
+PlanSizes ReadSizes(CallReader& reader) {
+  return {.num_ranks = reader.Attribute("num_ranks"),
+          .num_tokens = reader.Attribute("num_tokens"),
+          .num_topk = reader.Attribute("num_topk"),
+          .num_experts = reader.Attribute("num_experts"),
+          .capacity = reader.Attribute("capacity")};
+}
+
+PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks) {
+  PlanArgs args = {};
+  args.num_ranks = sizes.num_ranks;
+  args.num_tokens = sizes.num_tokens;
+  args.num_topk = sizes.num_topk;
+  args.num_experts = sizes.num_experts;
+  args.capacity = sizes.capacity;
+  args.alignment = reader.Attribute("alignment");
+  const std::int64_t choices = args.choices_per_rank();
+  args.topk_idx = PeerTable(reader.Operand<std::int32_t>("topk_idx", ranks * choices),
+                            choices * kWordBytes);
+  return args;
+}
+
+PlanArrays ReadPlanResults(CallReader& reader, const PlanSizes& sizes,
+                           std::int64_t ranks) {
+  PlanArrays plan = {};
+  VisitPlanArrays(
+      plan, sizes, [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
+        array = reader.Result<T>(name, ranks * elements);
+      });
+  return plan;
+}
 
 PlanOp::Call PlanOp::Read(CallReader& reader) {
   const std::int64_t stack = reader.where().num_stacked;
@@ -271,45 +225,6 @@ RowDotsOp::Call RowDotsOp::Read(CallReader& reader) {
   Call call = {.plan = ReadPlanArrays(reader, sizes), .kernels = {}};
   call.kernels = {ReadRowDots(reader, sizes, call.plan)};
   return call;
-}
-
-LocalPlanOp::Call LocalPlanOp::Read(CallReader& reader) {
-  const PlanSizes sizes = ReadSizes(reader);
-  Call call = {};
-  call.args = ReadPlanArgs(reader, sizes, sizes.num_ranks);
-  call.rank = reader.where().rank;
-  reader.Require(reader.where().num_stacked == 1, "one rank");
-  call.own = ReadPlanResults(reader, sizes, 1);
-  return call;
-}
-
-GatherOp::Call LocalGatherRowsOp::Read(CallReader& reader) {
-  return ReadLocalGather(reader, /*scaled=*/false);
-}
-
-GatherOp::Call LocalGatherScaledOp::Read(CallReader& reader) {
-  return ReadLocalGather(reader, /*scaled=*/true);
-}
-
-LocalReduceRowsOp::Call LocalReduceRowsOp::Read(CallReader& reader) {
-  const PlanSizes sizes = ReadSizes(reader);
-  const PlanArrays plan = ReadSendLists(reader, sizes);
-  const Tensor rows = reader.Operand("rows", 2);
-  return InOneBuffer(plan, ReadReduced(reader, sizes, plan, rows, nullptr, "out"));
-}
-
-LocalReduceScaledOp::Call LocalReduceScaledOp::Read(CallReader& reader) {
-  const PlanSizes sizes = ReadSizes(reader);
-  const PlanArrays plan = ReadSendLists(reader, sizes);
-  const Tensor rows = reader.Operand("rows", 2);
-  const float* weights = ReadWeights(reader, sizes);
-  return InOneBuffer(plan, ReadReduced(reader, sizes, plan, rows, weights, "out"));
-}
-
-LocalRowDotsOp::Call LocalRowDotsOp::Read(CallReader& reader) {
-  const PlanSizes sizes = ReadSizes(reader);
-  const PlanArrays plan = ReadSendLists(reader, sizes);
-  return InOneBuffer(plan, ReadRowDots(reader, sizes, plan));
 }
 
 }  // namespace jax_ep

@@ -28,14 +28,6 @@
   X(reduce_scaled, ReduceScaledOp) \
   X(row_dots, RowDotsOp)
 
-// The same for what one rank does of them by itself, between the collectives of rounds.
-#define EP_FOR_EACH_LOCAL_OP(X)         \
-  X(gather_rows, LocalGatherRowsOp)     \
-  X(gather_scaled, LocalGatherScaledOp) \
-  X(reduce_rows, LocalReduceRowsOp)     \
-  X(reduce_scaled, LocalReduceScaledOp) \
-  X(row_dots, LocalRowDotsOp)
-
 namespace jax_ep {
 
 // A buffer that a rank's peers read. Without rows it is for this process alone.
@@ -57,6 +49,14 @@ struct LentRows {
 //   kPullsRows: whether of its buffers only the rows are read that the plan gave tokens
 
 using Tables = std::span<const PeerTable>;
+
+PlanSizes ReadSizes(CallReader& reader);
+
+// What plans are made of, the choices of so many ranks; and so many plans, to be filled
+// in.
+PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks);
+PlanArrays ReadPlanResults(CallReader& reader, const PlanSizes& sizes,
+                           std::int64_t ranks);
 
 // The call of an op over a plan: its kernel runs once for each payload.
 template <typename KernelArgs>
@@ -125,41 +125,6 @@ struct ReduceScaledOp : PullOp<ReduceRowsArgs> {
 };
 
 struct RowDotsOp : PullOp<RowDotsArgs> {
-  static Call Read(CallReader& reader);
-};
-
-// Local ops are told of a plan in which rows the choices of some tokens are: all in one
-// buffer, whatever ranks they are said to be of. They take one array each.
-
-struct LocalPlanOp {
-  // The choices of all ranks, and one rank's plan to be made of them.
-  struct Call {
-    PlanArgs args;  // without outputs
-    PlanArrays own;
-    const std::int32_t* rank;
-  };
-  static Call Read(CallReader& reader);
-};
-
-// Rows that no choice names stay as they are in `onto`, which is the result's buffer;
-// if that is empty, they hold anything.
-struct LocalGatherRowsOp : GatherOp {
-  static Call Read(CallReader& reader);
-};
-
-struct LocalGatherScaledOp : GatherOp {
-  static Call Read(CallReader& reader);
-};
-
-struct LocalReduceRowsOp : PullOp<ReduceRowsArgs> {
-  static Call Read(CallReader& reader);
-};
-
-struct LocalReduceScaledOp : PullOp<ReduceRowsArgs> {
-  static Call Read(CallReader& reader);
-};
-
-struct LocalRowDotsOp : PullOp<RowDotsArgs> {
   static Call Read(CallReader& reader);
 };
 

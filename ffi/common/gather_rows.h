@@ -26,7 +26,7 @@ struct GatherRowsArgs {
   const std::int32_t* recv_counts;  // [num_ranks], entries of recv_choice in use
   const std::int32_t* group_sizes;  // [num_local_experts]
   const std::int32_t* group_rows;   // [num_local_experts]
-  void* rows;                       // [capacity, hidden]
+  void* rows;                       // [capacity, hidden], or null: in pieces
   std::int64_t num_ranks;
   std::int64_t num_tokens;
   std::int64_t num_topk;
@@ -44,6 +44,9 @@ struct GatherRowsArgs {
   // null instead.
   const std::int32_t* send_rank = nullptr;  // [num_tokens, num_topk]
   const std::int32_t* send_row = nullptr;   // [num_tokens, num_topk]
+  // The rows where they are not all in one place. Of use on the CPU alone.
+  void* const* pieces = nullptr;  // each [piece_rows, hidden]
+  std::int64_t piece_rows = 0;
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {

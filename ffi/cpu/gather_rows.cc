@@ -19,7 +19,21 @@ std::int64_t RowsPerChunk(const GatherRowsArgs& args) {
 }
 
 char* Row(const GatherRowsArgs& args, std::int64_t row) {
-  return static_cast<char*>(args.rows) + row * args.row_bytes;
+  void* rows = args.rows;
+  if (rows == nullptr) {
+    rows = args.pieces[row / args.piece_rows];
+    row %= args.piece_rows;
+  }
+  return static_cast<char*>(rows) + row * args.row_bytes;
+}
+
+void PreparePages(const GatherRowsArgs& args) {
+  if (args.rows != nullptr) {
+    return PrepareOutputPages(args.rows, args.capacity * args.row_bytes);
+  }
+  for (std::int64_t row = 0; row < args.capacity; row += args.piece_rows) {
+    PrepareOutputPages(Row(args, row), args.piece_rows * args.row_bytes);
+  }
 }
 
 std::int64_t UsedRows(const GatherRowsArgs& args) {
@@ -203,7 +217,7 @@ Work GatherRowsWork(const GatherRowsArgs& args) {
     NoteFault(args.fault, what);
     return {};
   }
-  PrepareOutputPages(args.rows, args.capacity * args.row_bytes);
+  PreparePages(args);
   const std::int64_t tail = args.zero_tail ? args.capacity - UsedRows(args) : 0;
   return {.args = &args,
           .run = RunChunk,

@@ -1,21 +1,42 @@
 // The fabric of ranks anywhere, whose rows XLA's collectives carry in rounds: what one
 // rank does between them, on one CPU device. Nobody waits here.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "bind/cpu/works.h"
 #include "bind/handler_list.h"
-#include "bind/ops.h"
+#include "bind/local_ops.h"
 #include "cpu/plan.h"
 
 namespace jax_ep {
 namespace {
 
+bool HasRank(const Whereabouts& where) {
+  return *where.rank >= 0 && *where.rank < where.num_ranks;
+}
+
+bool NeedsRank(const LocalPlanOp::Call&) { return true; }
+bool NeedsRank(const LocalReduce::Call& call) { return call.pieces.size() > 1; }
 template <typename KernelArgs>
-ffi::Error Run(PlannedCall<KernelArgs>& call, const Whereabouts& where,
-               ffi::ThreadPool& pool) {
+bool NeedsRank(const PlannedCall<KernelArgs>&) {
+  return false;
+}
+
+// Where each rank's piece of the rows is that sums are made of, if there is one of each.
+void FindPieces(LocalReduce::Call& call, const Whereabouts& where) {
+  if (call.pieces.size() == 1) return;
+  std::ranges::rotate(call.pieces, call.pieces.end() - *where.rank);
+  for (ReduceRowsArgs& args : call.kernels) args.rows = PeerTable(call.pieces.data());
+}
+void FindPieces(PlannedCall<GatherRowsArgs>&, const Whereabouts&) {}
+void FindPieces(PlannedCall<RowDotsArgs>&, const Whereabouts&) {}
+
+template <typename Call>
+ffi::Error Run(Call& call, const Whereabouts& where, ffi::ThreadPool& pool) {
   cpu::PlanFault fault;
+  FindPieces(call, where);
   NoteFaultsIn(fault, call);
   RunTogether(WorksOf(call), ScheduleOn(pool));
   if (fault.what() != nullptr) return BadPlan(where.call, fault);
@@ -24,11 +45,7 @@ ffi::Error Run(PlannedCall<KernelArgs>& call, const Whereabouts& where,
 
 ffi::Error Run(LocalPlanOp::Call& call, const Whereabouts& where, ffi::ThreadPool&) {
   std::vector<const void*> outputs(static_cast<std::size_t>(where.num_ranks), nullptr);
-  const auto rank = static_cast<std::size_t>(*call.rank);
-  if (rank >= outputs.size()) {
-    return ffi::Error::InvalidArgument("jax_ep: needs a rank in [0, num_ranks)");
-  }
-  outputs[rank] = &call.own;
+  outputs[static_cast<std::size_t>(*call.rank)] = &call.own;
   call.args.outputs = PeerTable(outputs.data());
   MakePlans(call.args);
   return ffi::Error::Success();
@@ -40,6 +57,9 @@ ffi::Error RunLocally(ffi::ThreadPool pool, ffi::RemainingArgs operands,
   CallReader reader(operands, results, attributes);
   auto call = Op::Read(reader);
   if (reader.failed()) return reader.error();
+  if (NeedsRank(call) && !HasRank(reader.where())) {
+    return ffi::Error::InvalidArgument("jax_ep: needs a rank in [0, num_ranks)");
+  }
   return Run(call, reader.where(), pool);
 }
 

@@ -6,7 +6,7 @@
 
 #include "bind/cuda/kernels.h"
 #include "bind/handler_list.h"
-#include "bind/ops.h"
+#include "bind/local_ops.h"
 
 namespace jax_ep {
 namespace {
@@ -38,7 +38,10 @@ template <typename Op>
 ffi::Error RunLocally(cudaStream_t stream, ffi::RemainingArgs operands,
                       ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
-  const auto call = Op::Read(reader);
+  const typename Op::Call call = Op::Read(reader);
+  if constexpr (requires { call.pieces; }) {
+    reader.Require(reader.failed() || call.pieces.size() == 1, "one piece");
+  }
   if (reader.failed()) return reader.error();
   return CudaError(Launch(call, stream));
 }
