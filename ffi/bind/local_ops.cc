@@ -45,9 +45,8 @@ Elements ElementsOf(CallReader& reader, const std::vector<Tensor>& pieces,
     return {};
   }
   const auto count = static_cast<std::int64_t>(pieces.size());
-  const Elements of = {.type = pieces[0].type,
-                       .hidden = pieces[0].dim(0),
-                       .rows = num_rows / count};
+  const Elements of = {
+      .type = pieces[0].type, .hidden = pieces[0].dim(0), .rows = num_rows / count};
   bool alike = of.rows * count == num_rows;
   for (const Tensor& piece : pieces) {
     alike = alike && piece.type == of.type && piece.elements() == of.in(of.rows);
@@ -60,8 +59,9 @@ Elements ElementsOf(CallReader& reader, const std::vector<Tensor>& pieces,
 DType FloatOf(CallReader& reader, const Elements& these, const Elements& those) {
   const auto dtype = KernelDType(these.type);
   const auto other = KernelDType(those.type);
-  reader.Require(these.row_bytes() == those.row_bytes() && these.width() == those.width(),
-                 "elements alike");
+  reader.Require(
+      these.row_bytes() == those.row_bytes() && these.width() == those.width(),
+      "elements alike");
   reader.Require(dtype.has_value() || other.has_value(), "rows of a float dtype");
   return dtype ? *dtype : other.value_or(DType::kF32);
 }
@@ -167,7 +167,8 @@ LocalReduce::Call LocalReduce::Read(CallReader& reader, bool scaled) {
   const std::vector<Tensor> rows = reader.Operands("*rows", 2);
   const std::vector<Tensor> outs = ReadResults(reader, "*out");
   const auto count = static_cast<std::int64_t>(rows.size());
-  reader.Require(count == 1 || count == sizes.num_ranks, "a piece, or one of each rank");
+  reader.Require(count == 1 || count == sizes.num_ranks,
+                 "a piece, or one of each rank");
   const Elements of = ElementsOf(reader, rows, sizes.capacity * count);
   const Elements to = ElementsOf(reader, outs, sizes.num_tokens);
   ReduceRowsArgs args = {};

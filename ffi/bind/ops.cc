@@ -124,10 +124,10 @@ PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t r
 PlanArrays ReadPlanResults(CallReader& reader, const PlanSizes& sizes,
                            std::int64_t ranks) {
   PlanArrays plan = {};
-  VisitPlanArrays(
-      plan, sizes, [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
-        array = reader.Result<T>(name, ranks * elements);
-      });
+  VisitPlanArrays(plan, sizes,
+                  [&]<typename T>(const char* name, T*& array, std::int64_t elements) {
+                    array = reader.Result<T>(name, ranks * elements);
+                  });
   return plan;
 }
 

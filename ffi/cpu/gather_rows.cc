@@ -44,7 +44,8 @@ std::int64_t UsedRows(const GatherRowsArgs& args) {
 
 // Returns what is wrong with the numbers on which the cut into chunks rests, or null.
 const char* FindFault(const GatherRowsArgs& args) {
-  if (!args.FillsWithOwn() && !AreCounts(args.recv_counts, args.num_ranks, args.capacity)) {
+  if (!args.FillsWithOwn() &&
+      !AreCounts(args.recv_counts, args.num_ranks, args.capacity)) {
     return kBadRecvCounts;
   }
   if (!AreCounts(args.group_sizes, args.num_local_experts, args.capacity)) {
@@ -219,10 +220,10 @@ Work GatherRowsWork(const GatherRowsArgs& args) {
   }
   PreparePages(args);
   const std::int64_t tail = args.zero_tail ? args.capacity - UsedRows(args) : 0;
-  return {.args = &args,
-          .run = RunChunk,
-          .num_chunks =
-              SourcesOf(args).chunks() + 1 + CeilDiv(tail, RowsPerChunk(args))};
+  return {
+      .args = &args,
+      .run = RunChunk,
+      .num_chunks = SourcesOf(args).chunks() + 1 + CeilDiv(tail, RowsPerChunk(args))};
 }
 
 }  // namespace jax_ep::cpu

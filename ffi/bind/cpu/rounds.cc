@@ -24,7 +24,8 @@ bool NeedsRank(const PlannedCall<KernelArgs>&) {
   return false;
 }
 
-// Where each rank's piece of the rows is that sums are made of, if there is one of each.
+// Where each rank's piece of the rows is that sums are made of, if there is one of
+// each.
 void FindPieces(LocalReduce::Call& call, const Whereabouts& where) {
   if (call.pieces.size() == 1) return;
   std::ranges::rotate(call.pieces, call.pieces.end() - *where.rank);
@@ -66,15 +67,15 @@ ffi::Error RunLocally(ffi::ThreadPool pool, ffi::RemainingArgs operands,
 }  // namespace
 }  // namespace jax_ep
 
-#define EP_DEFINE_ROUNDS(name, Op)                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_rounds,         \
-                                jax_ep::RunLocally<jax_ep::Op>, \
-                                xla::ffi::Ffi::Bind()           \
-                                    .Ctx<xla::ffi::ThreadPool>()\
-                                    .RemainingArgs()            \
-                                    .RemainingRets()            \
-                                    .Attrs());                  \
-  EP_LIST_HANDLER(name##_rounds, jax_ep::Op::Read,              \
+#define EP_DEFINE_ROUNDS(name, Op)                               \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_##name##_rounds,          \
+                                jax_ep::RunLocally<jax_ep::Op>,  \
+                                xla::ffi::Ffi::Bind()            \
+                                    .Ctx<xla::ffi::ThreadPool>() \
+                                    .RemainingArgs()             \
+                                    .RemainingRets()             \
+                                    .Attrs());                   \
+  EP_LIST_HANDLER(name##_rounds, jax_ep::Op::Read,               \
                   {"execute", "jax_ep_" #name "_rounds"})
 
 EP_DEFINE_ROUNDS(plan, LocalPlanOp)
