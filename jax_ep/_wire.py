@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Num
 
 from jax_ep._call import Call, Operands
+from jax_ep._compat import bound_axes
 from jax_ep._layout import Layout
 from jax_ep._plan import PlanArrays, is_received
 from jax_ep._types import DROPPED
@@ -34,9 +35,11 @@ def room_of(layout: Layout) -> int:
 class Wire:
     """One rank's side of an exchange in rounds.
 
-    Rows travel in one array of all slots, by one collective; or in a *piece* for each rank, by one
-    permutation each. XLA:CPU cuts the former up and puts it together again, for each three times
-    the time. Pieces are in the order of their distance: this rank's own first.
+    Rows travel in one array of all slots, by one ``all_to_all``; or in a *piece* for each rank, by
+    one permutation each, in the order of their distance: this rank's own first. XLA:CPU cuts up the
+    former and puts it together again, which takes three times as long. But a permutation has all
+    groups of a mesh wait for each other, and these may go different ways: in a conditional, and in
+    the number of their rounds.
 
     Attributes:
       layout: the exchange's geometry.
@@ -73,6 +76,7 @@ class Wire:
         keys = jnp.where(is_first, rank, layout.num_ranks)
         place = position_among_equals(keys.reshape(-1), layout.num_ranks + 1).reshape(rank.shape)
         place = jnp.take_along_axis(place, first, axis=1)
+        is_alone = math.prod(bound_axes().values()) == layout.num_ranks
         fullest = jnp.max(jnp.where(is_first, place, 0)) + 1
         return cls(
             layout=layout,
@@ -83,7 +87,7 @@ class Wire:
             is_first=is_first,
             fullest=jax.lax.pmax(fullest, layout.axis_name),
             room=room_of(layout),
-            num_pieces=layout.num_ranks if call.platform == "cpu" else 1,
+            num_pieces=layout.num_ranks if call.platform == "cpu" and is_alone else 1,
         )
 
     @property

@@ -64,8 +64,9 @@ def test_one_hash(implementation: str) -> None:
         options["xla_cpu_use_fusion_emitters"] = True
     inputs = routings()
     hashes = {}
-    for row in ALL_ROWS if FABRIC and not EMULATED else ROWS:
-        if row.backend != jax.default_backend() or not row.serves(SHAPE.num_ranks):
+    for row in ALL_ROWS if FABRIC else ROWS:
+        here = "emulated" if EMULATED else jax.default_backend()
+        if row.platform != here or not row.serves(SHAPE.num_ranks):
             continue
         if row.implementation == implementation:
             f = jax.jit(row.over_ranks(per_rank(row), SHAPE.num_ranks), compiler_options=options)
