@@ -104,6 +104,14 @@ def test_processes_of_several_hosts_exchange_in_rounds() -> None:
 
 
 @multiprocess(2, 1)
+def test_a_mesh_without_devices_exchanges_in_rounds() -> None:
+    """Nobody knows whether its processes could meet; XLA knows them when the program runs."""
+    require("native")
+    assert _carrier("native", is_abstract=True) == "rounds"
+    assert _carrier("native") == "processes"
+
+
+@multiprocess(2, 1)
 def test_what_one_process_cannot_do_all_know() -> None:
     """They must choose alike, or they would wait for each other in different places."""
     require("native")
@@ -155,7 +163,7 @@ def _no_boot_id() -> list[str]:
     raise OSError("no boot id")
 
 
-def _carrier(implementation: Any = None, devices: Any = None) -> str:
+def _carrier(implementation: Any = None, devices: Any = None, *, is_abstract: bool = False) -> str:
     """Returns the fabric that carries a plan between one device of each process, or "xla".
 
     Or between the devices that are given.
@@ -169,7 +177,9 @@ def _carrier(implementation: Any = None, devices: Any = None) -> str:
         return plan.recv_counts
 
     spec = jax.sharding.PartitionSpec("expert")
-    program = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
-    text = program.lower(np.zeros((mesh.size, 1), np.int32)).as_text()
+    over = mesh.abstract_mesh if is_abstract else mesh
+    program = jax.jit(jax.shard_map(per_rank, mesh=over, in_specs=spec, out_specs=spec))
+    topk_idx = jax.ShapeDtypeStruct((mesh.size, 1), np.int32, sharding=NamedSharding(mesh, spec))
+    text = program.lower(topk_idx).as_text()
     fabric = re.search(r"jax_ep_plan_(\w+)", text)
     return fabric[1] if fabric else "xla"
