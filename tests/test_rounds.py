@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -186,3 +187,26 @@ def test_groups_go_different_ways(monkeypatch: pytest.MonkeyPatch, where: str) -
     if where == "in_one_group":
         want[1] = x[1]
     np.testing.assert_allclose(program(x, topk_idx), want, rtol=1e-6)
+
+
+@pytest.mark.skipif(EMULATED is not None, reason="GPUs leave it out without a word")
+def test_a_bad_plan_on_one_rank_keeps_nobody_waiting(capfd: pytest.CaptureFixture[str]) -> None:
+    """An error would keep it from the collectives that follow."""
+
+    def layer(x: jax.Array, plan: jax_ep.Plan, recv_row: jax.Array) -> jax.Array:
+        plan = dataclasses.replace(plan, _arrays=plan._arrays._replace(recv_row=recv_row))
+        return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
+
+    x, topk_idx = np.ones((R, T, H), np.float32), random_routing()
+    plan = jax.jit(over_devices(make_plan, R))(topk_idx)
+    recv_row = np.array(plan._arrays.recv_row)
+    program = jax.jit(over_devices(layer, R))
+    np.testing.assert_array_equal(program(x, plan, recv_row), K * x)
+    recv_row[1, 0] = plan.capacity
+    # The list's first entry is the first choice of rank 0's that goes to rank 1.
+    token = np.flatnonzero((topk_idx[0] // (E // R) == 1).any(axis=1))[0]
+    right = np.ones((R, T), bool)
+    right[0, token] = False
+    got = np.asarray(program(x, plan, recv_row))
+    np.testing.assert_array_equal(got[right], K * x[right])
+    assert "dispatch: plan must be as make_plan made it: its send_row" in capfd.readouterr().err

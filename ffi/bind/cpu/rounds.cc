@@ -3,12 +3,17 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "bind/cpu/works.h"
 #include "bind/handler_list.h"
 #include "bind/local_ops.h"
-#include "cpu/plan.h"
+#include "cpu/plan_fault.h"
+#include "fabric/threads/report.h"
+#include "fabric/work/work_share.h"
 
 namespace jax_ep {
 namespace {
@@ -22,6 +27,16 @@ bool NeedsRank(const LocalReduce::Call& call) { return call.pieces.size() > 1; }
 template <typename KernelArgs>
 bool NeedsRank(const PlannedCall<KernelArgs>&) {
   return false;
+}
+
+// Says what is wrong with a plan, where an error would be worse: this rank would not
+// come to the collectives that follow, where the others would wait until XLA aborts
+// them. As on a GPU, what belongs to a number that is no index is left out.
+void ReportOnce(const std::string& what) {
+  static std::mutex mutex;
+  static auto* said = new std::set<std::string>();
+  const std::scoped_lock lock(mutex);
+  if (said->insert(what).second) Report(what);
 }
 
 // Where each rank's piece of the rows is that sums are made of, if there is one of
@@ -40,7 +55,7 @@ ffi::Error Run(Call& call, const Whereabouts& where, ffi::ThreadPool& pool) {
   FindPieces(call, where);
   NoteFaultsIn(fault, call);
   RunTogether(WorksOf(call), ScheduleOn(pool));
-  if (fault.what() != nullptr) return BadPlan(where.call, fault);
+  if (fault.what() != nullptr) ReportOnce(SaysOf(where.call, fault));
   return ffi::Error::Success();
 }
 

@@ -53,10 +53,12 @@ std::vector<Work> WorksOf(const PlannedCall<RowDotsArgs>& call) {
   return WorksOfAll(call, cpu::RowDotsWork);
 }
 
+std::string SaysOf(const char* call, const cpu::PlanFault& fault) {
+  return std::string(call) + ": plan must be as make_plan made it: its " + fault.what();
+}
+
 ffi::Error BadPlan(const char* call, const cpu::PlanFault& fault) {
-  return ffi::Error::InvalidArgument(std::string("jax_ep ") + call +
-                                     ": plan must be as make_plan made it: its " +
-                                     fault.what());
+  return ffi::Error::InvalidArgument("jax_ep " + SaysOf(call, fault));
 }
 
 Schedule ScheduleOn(ffi::ThreadPool& pool) {

@@ -32,7 +32,8 @@ void NoteFaultsIn(cpu::PlanFault& fault, PlannedCall<KernelArgs>& call) {
 }
 inline void NoteFaultsIn(cpu::PlanFault&, PlanOp::Call&) {}
 
-// The error of a call whose plan had a fault.
+// What is wrong with a call whose plan had a fault, and the error that says so.
+std::string SaysOf(const char* call, const cpu::PlanFault& fault);
 ffi::Error BadPlan(const char* call, const cpu::PlanFault& fault);
 
 Schedule ScheduleOn(ffi::ThreadPool& pool);
