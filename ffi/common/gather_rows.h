@@ -51,11 +51,13 @@ struct GatherRowsArgs {
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE GatherRowsArgs OfStacked(std::int64_t i) const {
     GatherRowsArgs args = *this;
-    if (recv_choice != nullptr) args.recv_choice += i * capacity;
-    if (recv_row != nullptr) args.recv_row += i * capacity;
+    if (!FillsWithOwn()) {
+      args.recv_choice += i * capacity;
+      args.recv_row += i * capacity;
+      args.recv_counts += i * num_ranks;
+    }
     args.group_sizes += i * num_local_experts;
     args.group_rows += i * num_local_experts;
-    if (recv_counts != nullptr) args.recv_counts += i * num_ranks;
     if (send_rank != nullptr) args.send_rank += i * num_tokens * num_topk;
     if (send_row != nullptr) args.send_row += i * num_tokens * num_topk;
     args.rows = static_cast<char*>(rows) + i * capacity * row_bytes;
@@ -67,7 +69,7 @@ struct GatherRowsArgs {
   }
 
   // Whether this rank's rows are filled with its own tokens, as the send lists say.
-  EP_HOST_DEVICE bool FillsWithOwn() const { return recv_choice == nullptr; }
+  EP_HOST_DEVICE bool FillsWithOwn() const { return recv_counts == nullptr; }
 
   EP_HOST_DEVICE std::int64_t NumReceived() const {
     std::int64_t sum = 0;
