@@ -151,6 +151,7 @@ def describe(platform: Platform) -> dict[str, str]:
     else:
         version = loaded.jax_ep_cuda_version()
         info["cuda_version"] = f"{version // 1000}.{version % 1000 // 10}"
+        info["gpus"] = gpu_peers_problem() or "each can read the memory of all of this process's"
     return info
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import re
 import types
 from collections.abc import Iterator
 
@@ -42,6 +43,18 @@ class Library:
     def jax_ep_ffi_minor_version(self) -> int:
         return 3
 
+    def jax_ep_cuda_version(self) -> int:
+        return 13010
+
+    def jax_ep_strangers(self, devices, num_devices: int, strangers) -> int:
+        """Has a GPU read the memory of those with the same parity alone."""
+        odd = [n for n in devices[:num_devices] if n % 2]
+        even = [n for n in devices[:num_devices] if not n % 2]
+        if not (odd and even):
+            return 0
+        strangers[0], strangers[1] = even[0], odd[0]
+        return 1
+
     def jax_ep_handlers(self) -> bytes:
         handlers = {
             fabric.target(op): {"stages": {}, **fabric.signature(op)}
@@ -59,7 +72,9 @@ class Library:
 
 def gpus(runtime: str, *numbers: int) -> list[types.SimpleNamespace]:
     client = types.SimpleNamespace(platform_version=runtime)
-    return [types.SimpleNamespace(client=client, local_hardware_id=n) for n in numbers]
+    return [
+        types.SimpleNamespace(client=client, platform="gpu", local_hardware_id=n) for n in numbers
+    ]
 
 
 def forget() -> None:
@@ -67,6 +82,7 @@ def forget() -> None:
         _library.library_problem,
         _library.native_problem,
         _library.describe_handlers,
+        _library.gpu_peers_problem,
         _library.warn_once,
         _fabrics._mismatch,
     ):
@@ -175,6 +191,14 @@ def test_a_program_that_is_lowered_for_gpus_elsewhere_is_warned_of(machine: Mach
     assert "jax_ep_plan" not in first + lowered_for_cuda()
     with pytest.raises(NotImplementedError, match="no code for it"):
         lowered_for_cuda(implementation="native")
+
+
+def test_info_says_which_gpus_cannot_read_each_other(machine: Machine) -> None:
+    machine.has(Library(), *gpus(CUDA, 0, 2))
+    assert re.search("cuda_version +13.1", _info.info())
+    assert re.search("gpus +each can read the memory of all", _info.info())
+    machine.has(Library(), *gpus(CUDA, 0, 1))
+    assert re.search("gpus +GPU 0 cannot read the memory of GPU 1 of this process", _info.info())
 
 
 def test_a_cpu_device_beside_gpus_is_served_by_its_own_library(
