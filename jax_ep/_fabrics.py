@@ -19,12 +19,7 @@ from jax_ep import _foreign, _local, _partial_sums, _processes, _refusals, _roun
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
-from jax_ep._library import (
-    describe_handlers,
-    library,
-    native_problem,
-    warn_once,
-)
+from jax_ep._library import describe_handlers, library, native_problem, warn_once
 from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
@@ -200,6 +195,16 @@ def _members_and_sums(op: Op) -> tuple[str, ...]:
     return ("members", "partial_sums") if op in _PARTIALS else ("members",)
 
 
+_Rounds = functools.partial(
+    Fabric,
+    name="rounds",
+    operands=_local.onto,
+    plan=_local.told_of_plan,
+    payloads=_local.payloads,
+    own_results=_local.results,
+    carry=_rounds.run,
+)
+
 FABRICS: tuple[Fabric, ...] = (
     Fabric(
         name="stacked",
@@ -226,16 +231,10 @@ FABRICS: tuple[Fabric, ...] = (
         operands=lambda _: ("numbers",),
         attributes=lambda _: ("members", "kind"),
     ),
-    Fabric(
-        name="rounds",
+    _Rounds(
         platform="cpu",
         serves="ranks on CPU devices anywhere, by XLA's collectives",
         refuses=_refusals.one_device,
-        operands=_local.onto,
-        plan=_local.told_of_plan,
-        payloads=_local.payloads,
-        own_results=_local.results,
-        carry=_rounds.run,
     ),
     Fabric(
         name="stacked",
@@ -267,17 +266,11 @@ FABRICS: tuple[Fabric, ...] = (
         results=_workspace,
         attributes=_members_and_sums,
     ),
-    Fabric(
-        name="rounds",
+    _Rounds(
         platform="gpu",
         serves="ranks on GPUs anywhere, by XLA's collectives",
         refuses=_refusals.one_gpu,
         adds=_add_workspace,
-        operands=_local.onto,
         results=_workspace,
-        plan=_local.told_of_plan,
-        payloads=_local.payloads,
-        own_results=_local.results,
-        carry=_rounds.run,
     ),
 )
