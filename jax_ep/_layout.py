@@ -22,11 +22,17 @@ class Layout:
     implementation: Implementation
     # Whether the implementation was asked for, or may be another where the program comes to run.
     strict: bool
+    ranks_per_node: int = 1
 
     @property
     def num_local_experts(self) -> int:
         """Experts on each rank."""
         return self.num_experts // self.num_ranks
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks are on."""
+        return self.num_ranks // self.ranks_per_node
 
     @property
     def axis_names(self) -> tuple[str, ...]:

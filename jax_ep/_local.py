@@ -163,7 +163,8 @@ class Local:
           dtype: what they are.
           num_ranks: how many ranks they are of.
         """
-        [sums] = self._reduce(rows, to, dtype, num_ranks=num_ranks)
+        per_node = self.call.layout.ranks_per_node
+        [sums] = self._reduce(rows, to, dtype, num_ranks=num_ranks, ranks_per_node=per_node)
         return sums
 
     def _reduce(
@@ -173,11 +174,13 @@ class Local:
         dtype: Any,
         *,
         num_ranks: int = 1,
+        ranks_per_node: int = 1,
         num_pieces: int = 1,
         weights: Array | None = None,
     ) -> list[Array]:
         op = REDUCE_ROWS if weights is None else REDUCE_SCALED
-        layout = self._layout(to, rows[0].shape[0], num_ranks=num_ranks, num_experts=num_ranks)
+        ranks = {"num_ranks": num_ranks, "num_experts": num_ranks, "ranks_per_node": ranks_per_node}
+        layout = self._layout(to, rows[0].shape[0], **ranks)
         told = [*to, *([] if weights is None else [weights])]
         shape = (layout.num_tokens // num_pieces, rows[0].shape[1])
         return self._invoke(op, layout, told, rows, [(shape, dtype)] * num_pieces)
@@ -199,7 +202,8 @@ class Local:
         num_tokens, num_topk = to.send_row.shape
         sizes = {"num_tokens": num_tokens, "num_topk": num_topk, "capacity": num_rows}
         return dataclasses.replace(
-            self.call.layout, **{"num_ranks": 1, "num_experts": 1} | sizes | changes
+            self.call.layout,
+            **{"num_ranks": 1, "num_experts": 1, "ranks_per_node": 1} | sizes | changes,
         )
 
     def _invoke(

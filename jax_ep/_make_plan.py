@@ -26,6 +26,7 @@ def make_plan(
     capacity: int | None = None,
     alignment: int = 1,
     tail: Tail = "zero",
+    ranks_per_node: int = 1,
     implementation: Implementation | None = None,
 ) -> Plan:
     """Plans where every choice of every rank goes.
@@ -54,6 +55,10 @@ def make_plan(
       tail: what rows past the last group hold in ``dispatch``'s result and in ``combine``'s
         gradient. ``"zero"`` writes them all; ``"uninitialized"`` leaves them as they are, so that
         cost follows used rows: for experts that never read there, as ``grouped_matmul`` does not.
+      ranks_per_node: how many ranks, one after the other, are on a node: they reach each other by a
+        faster way than others. Then the partial sums of a node's ranks are added up by themselves
+        in ``combine``, and a token can cross between nodes once for each node and not for each
+        rank. It divides the number of ranks, and is equal on all of them.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
 
     Returns:
@@ -63,9 +68,9 @@ def make_plan(
       TypeError: ``topk_idx`` is not an int32 array, a count is not an int, or ``axis_name`` is
         neither a name nor a tuple of names.
       ValueError: ``topk_idx`` is not 2-D; ``num_experts`` is not a positive multiple of the number
-        of ranks; ``capacity`` is below 1 or does not hold the padding; ``axis_name`` is not bound,
-        or names a mix of axes; an option is unknown; the exchange has 2**31 or more choices or
-        rows.
+        of ranks; ``capacity`` is below 1 or does not hold the padding; ``ranks_per_node`` does not
+        divide the number of ranks; ``axis_name`` is not bound, or names a mix of axes; an option is
+        unknown; the exchange has 2**31 or more choices or rows.
       NotImplementedError: ``implementation="native"`` where native code cannot serve. If that is
         for the devices or processes of its mesh, only the compilation of the program raises it.
       TimeoutError: from the compilation, if another process of the mesh did not compile the
@@ -79,10 +84,13 @@ def make_plan(
     """
     check_array("topk_idx", topk_idx, "num_tokens, num_topk")
     check_dtype("topk_idx", topk_idx, jnp.int32)
-    for name, count in (("num_experts", num_experts), ("alignment", alignment)):
+    counts = {"num_experts": num_experts, "alignment": alignment, "ranks_per_node": ranks_per_node}
+    for name, count in counts.items():
         check_positive(name, count)
     check_one_of("tail", tail, ("zero", "uninitialized"))
     binding, num_ranks = resolve_axis(axis_name)
+    if num_ranks % ranks_per_node:
+        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
     layout = Layout(
         num_ranks=num_ranks,
         num_experts=num_experts,
@@ -94,6 +102,7 @@ def make_plan(
         axis_name=axis_name,
         implementation="xla",
         strict=implementation is not None,
+        ranks_per_node=ranks_per_node,
     )
     layout = dataclasses.replace(
         layout, implementation=_resolve_implementation(implementation, layout, binding)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Float32, Num
 
 from jax_ep._axes import check_use, place
 from jax_ep._checks import check_positive
@@ -35,6 +35,8 @@ def load_metrics(
       * ``logical_bytes``: what one ``dispatch`` sends from this rank if every kept choice counts.
       * ``wire_bytes``: what leaves this rank for another one, each token once per such rank.
         ``combine`` brings as many bytes back.
+      * ``node_wire_bytes``: what leaves this rank's node, each token once per other node, if the
+        plan was made with ``ranks_per_node``; with one rank a node, the same.
 
     Raises:
       TypeError: ``plan`` is not a ``Plan``, or ``hidden`` is not an int.
@@ -46,7 +48,8 @@ def load_metrics(
       >>> metrics = jax_ep.load_metrics(plan, hidden=8, dtype=jnp.bfloat16)
       >>> {name: float(value) for name, value in metrics.items()}
       {'expert_load_max_over_mean': 2.0, 'rank_load_max_over_mean': 1.0,
-       'dropped_fraction': 0.25, 'recv_rows': 3.0, 'logical_bytes': 48.0, 'wire_bytes': 0.0}
+       'dropped_fraction': 0.25, 'recv_rows': 3.0, 'logical_bytes': 48.0, 'wire_bytes': 0.0,
+       'node_wire_bytes': 0.0}
     """
     check_plan(plan)
     check_positive("hidden", hidden)
@@ -61,7 +64,8 @@ def load_metrics(
         "dropped_fraction": num_dropped / jnp.maximum(num_kept + num_dropped, 1),
         "recv_rows": jnp.sum(plan.recv_counts, dtype=jnp.int32),
         "logical_bytes": row_bytes * num_kept,
-        "wire_bytes": row_bytes * _count_wire_rows(plan).astype(jnp.float32),
+        "wire_bytes": row_bytes * _count_wire_rows(plan, 1),
+        "node_wire_bytes": row_bytes * _count_wire_rows(plan, plan.ranks_per_node),
     }
 
 
@@ -77,11 +81,15 @@ def rank_load(expert_load: Num[Array, "num_experts"], num_ranks: int) -> Num[Arr
     return jnp.sum(expert_load.reshape(num_ranks, -1), axis=1)
 
 
-def _count_wire_rows(plan: Plan) -> jax.Array:
-    """Counts the pairs of a token of this rank and another rank that it has a kept choice on."""
+def _count_wire_rows(plan: Plan, together: int) -> Float32[Array, ""]:
+    """Counts this rank's tokens once for each other place that has a kept choice of theirs.
+
+    A place is so many ranks together, one after the other.
+    """
     send_rank = plan._arrays.send_rank
-    here = place(plan._layout).rank
-    # Side by side in order, a rank that a token goes to twice repeats its left neighbour.
-    ranks = jnp.sort(jnp.where(send_rank == here, DROPPED, send_rank), axis=1)
-    repeats = jnp.pad(ranks[:, 1:] == ranks[:, :-1], ((0, 0), (1, 0)))
-    return jnp.sum((ranks != DROPPED) & ~repeats, dtype=jnp.int32)
+    target = jnp.where(send_rank == DROPPED, DROPPED, send_rank // together)
+    here = place(plan._layout).rank // together
+    # Side by side in order, a place that a token goes to twice repeats its left neighbour.
+    targets = jnp.sort(jnp.where(target == here, DROPPED, target), axis=1)
+    repeats = jnp.pad(targets[:, 1:] == targets[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sum((targets != DROPPED) & ~repeats, dtype=jnp.int32).astype(jnp.float32)

@@ -24,6 +24,7 @@ def moe(
     axis_name: AxisName = None,
     capacity: int | None = None,
     alignment: int = 1,
+    ranks_per_node: int = 1,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "num_tokens hidden"], Plan]:
     """Applies each token's SwiGLU experts and adds up their outputs, scaled by router weights.
@@ -45,6 +46,7 @@ def moe(
       axis_name: the axis the ranks lie along, as for ``make_plan``; None for one rank.
       capacity: rows of this rank's receive buffer, as for ``make_plan``; None drops nothing.
       alignment: each expert's group starts at a multiple of this many rows.
+      ranks_per_node: how many ranks are on a node, as for ``make_plan``.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
 
     Returns:
@@ -74,6 +76,7 @@ def moe(
         alignment=alignment,
         # grouped_matmul never reads past the groups.
         tail="uninitialized",
+        ranks_per_node=ranks_per_node,
         implementation=implementation,
     )
     _check_weights(x, (w_gate, w_up, w_down), plan.num_local_experts)

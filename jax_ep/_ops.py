@@ -67,6 +67,7 @@ def _token_types(layout: Layout, payloads: Sequence[Any]) -> list[ArrayType]:
     return [((layout.num_tokens, p.shape[-1]), p.dtype) for p in payloads]
 
 
+_RANKS_PER_NODE = {"ranks_per_node": lambda layout: layout.ranks_per_node}
 _ZERO_TAIL = {"zero_tail": lambda layout: int(layout.tail == "zero")}
 
 PLAN: Final = Op(
@@ -95,12 +96,14 @@ REDUCE_ROWS: Final = Op(
     payloads=("*rows",),
     results=("*out",),
     result_types=_token_types,
+    options=_RANKS_PER_NODE,
 )
 REDUCE_SCALED: Final = Op(
     name="reduce_scaled",
     payloads=("rows", "weights"),
     results=("out",),
     result_types=lambda layout, payloads: _token_types(layout, payloads[:1]),
+    options=_RANKS_PER_NODE,
 )
 ROW_DOTS: Final = Op(
     name="row_dots",

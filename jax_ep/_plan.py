@@ -116,6 +116,11 @@ class Plan:
         return self._layout.tail
 
     @property
+    def ranks_per_node(self) -> int:
+        """How many ranks, one after the other, are on a node."""
+        return self._layout.ranks_per_node
+
+    @property
     def axis_name(self) -> AxisName:
         """The axis the ranks lie along, or None for one rank."""
         return self._layout.axis_name

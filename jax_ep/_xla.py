@@ -158,12 +158,21 @@ def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> A
             picked = _mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
         partial += picked
     partial = swap_slices(layout, partial.astype(rows.dtype))
+    if layout.ranks_per_node > 1:
+        by_node = partial.reshape(layout.num_nodes, layout.ranks_per_node, *partial.shape[1:])
+        partial = jax.lax.map(_add_up, by_node)
+    return _add_up(partial)
+
+
+def _add_up(parts: Array) -> Array:
+    """Adds up what lies along the leading axis, in order, and rounds once."""
+    dtype = _sum_dtype(parts)
     total, _ = jax.lax.scan(
         lambda total, part: (total + part.astype(dtype), None),
-        jnp.zeros_like(partial[0], dtype),
-        partial,
+        jnp.zeros_like(parts[0], dtype),
+        parts,
     )
-    return total.astype(rows.dtype)
+    return total.astype(parts.dtype)
 
 
 def _place(layout: Layout, expert: Array) -> tuple[Array, Array]:

@@ -90,6 +90,7 @@ def make_plan(row: Row, shape: Shape, topk_idx: jax.Array) -> jax_ep.Plan:
         capacity=shape.capacity,
         alignment=shape.alignment,
         tail=shape.tail,
+        ranks_per_node=shape.ranks_per_node,
     )
 
 

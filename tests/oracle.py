@@ -31,6 +31,7 @@ class Plan:
     num_dropped: np.ndarray  # [R]
     num_invalid: np.ndarray  # [R]
     capacity: int
+    ranks_per_node: int
     to_rank: np.ndarray  # [R, T, K]: the rank that holds the choice's row, or NOWHERE
     row: np.ndarray  # [R, T, K]: the row there, or NOWHERE
     origin: np.ndarray  # [R, C, 3]: (rank, token, k) of each row, or NOWHERE
@@ -55,7 +56,11 @@ def drop_nothing_capacity(
 
 
 def plan(
-    topk_idx: np.ndarray, num_experts: int, capacity: int | None = None, alignment: int = 1
+    topk_idx: np.ndarray,
+    num_experts: int,
+    capacity: int | None = None,
+    alignment: int = 1,
+    ranks_per_node: int = 1,
 ) -> Plan:
     """Plans the exchange of ``topk_idx`` [R, T, K]."""
     num_ranks, num_tokens, num_topk = topk_idx.shape
@@ -103,6 +108,7 @@ def plan(
         num_dropped=(valid & ~kept).sum(axis=(1, 2), dtype=np.int32),
         num_invalid=(~valid & (topk_idx != NOWHERE)).sum(axis=(1, 2), dtype=np.int32),
         capacity=capacity,
+        ranks_per_node=ranks_per_node,
         to_rank=to_rank,
         row=row,
         origin=origin,
@@ -150,13 +156,16 @@ def _reduce(rows: np.ndarray, plan: Plan, topk_weights: np.ndarray | None) -> np
     weights = _weights(plan, topk_weights).astype(wide)[..., None]
     num_ranks, _, hidden = rows.shape
     total = np.zeros((*plan.kept.shape[:2], hidden), wide)
-    for destination in range(num_ranks):
-        partial = np.zeros_like(total)
-        for k in range(plan.kept.shape[2]):
-            here = plan.to_rank[:, :, k] == destination
-            picked = rows[destination, plan.row[:, :, k][here]].astype(wide)
-            partial[here] = fma(weights[:, :, k][here], picked, partial[here])
-        total += partial.astype(wire).astype(wide)
+    for node in range(num_ranks // plan.ranks_per_node):
+        of_node = np.zeros_like(total)
+        for destination in range(node * plan.ranks_per_node, (node + 1) * plan.ranks_per_node):
+            partial = np.zeros_like(total)
+            for k in range(plan.kept.shape[2]):
+                here = plan.to_rank[:, :, k] == destination
+                picked = rows[destination, plan.row[:, :, k][here]].astype(wide)
+                partial[here] = fma(weights[:, :, k][here], picked, partial[here])
+            of_node += partial.astype(wire).astype(wide)
+        total += of_node.astype(wire).astype(wide)
     return total.astype(rows.dtype)
 
 

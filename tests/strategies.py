@@ -23,6 +23,7 @@ class Shape:
     capacity: int | None = None
     alignment: int = 1
     tail: str = "zero"
+    ranks_per_node: int = 1
 
     @property
     def num_local_experts(self) -> int:
@@ -33,7 +34,9 @@ class Shape:
         return self.num_ranks, self.num_tokens, self.num_topk
 
     def plan(self, topk_idx: np.ndarray) -> oracle.Plan:
-        return oracle.plan(topk_idx, self.num_experts, self.capacity, self.alignment)
+        return oracle.plan(
+            topk_idx, self.num_experts, self.capacity, self.alignment, self.ranks_per_node
+        )
 
 
 Routing = Callable[[Shape], np.ndarray]
@@ -96,6 +99,7 @@ def own_experts_only(shape: Shape) -> np.ndarray:
 
 BASE = Shape()
 TIGHT = Shape(capacity=20, alignment=2)
+NODES = Shape(num_topk=5, num_experts=12, ranks_per_node=2)
 ROUTINGS: tuple[Routing, ...] = (
     distinct,
     duplicates,
@@ -139,6 +143,12 @@ SHAPES: dict[str, tuple[Shape, tuple[Routing, ...]]] = {
     "eight_ranks": (
         Shape(num_ranks=8, num_tokens=33, num_topk=4, num_experts=32, hidden=33, capacity=120),
         (distinct, duplicates),
+    ),
+    "two_nodes": (NODES, (distinct, duplicates, own_experts_only)),
+    "one_node": (Shape(num_topk=4, ranks_per_node=4), (distinct,)),
+    "four_nodes": (
+        Shape(num_ranks=8, num_tokens=17, num_topk=7, num_experts=16, hidden=19, ranks_per_node=2),
+        (distinct, duplicates, a_rank_receives_nothing),
     ),
     "sixteen_ranks": (
         Shape(num_ranks=16, num_tokens=5, num_topk=2, num_experts=32, hidden=64),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,7 @@ import strategies
 from exchanges import Answers, answers, every_case, make_plan, same_bits, same_sums
 from hypothesis import given, settings
 from implementations import Row
-from strategies import BASE, TIGHT, Case
+from strategies import BASE, NODES, TIGHT, Case, Shape
 
 import jax_ep
 
@@ -48,9 +50,12 @@ def test_rows_that_nobody_names_never_reach_a_result(row: Row, case: Case) -> No
 
 @pytest.mark.parametrize("dtype", HALF_AND_DOUBLE, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("routing", [strategies.distinct, strategies.duplicates])
-def test_other_dtypes_of_sums(layer_row: Row, routing: strategies.Routing, dtype: type) -> None:
+@pytest.mark.parametrize("shape", [TIGHT, NODES], ids=["tight", "nodes"])
+def test_other_dtypes_of_sums(
+    layer_row: Row, shape: Shape, routing: strategies.Routing, dtype: type
+) -> None:
     """The parts are rounded to the dtype of the rows on the wire, or summed in float64."""
-    result = Answers.of(layer_row, TIGHT, routing(TIGHT), dtype)
+    result = Answers.of(layer_row, shape, routing(shape), dtype)
     inputs = result.inputs
     result.same_rows("sent")
     result.same_sum("out", inputs.rows, inputs.weights)
@@ -58,6 +63,17 @@ def test_other_dtypes_of_sums(layer_row: Row, routing: strategies.Routing, dtype
     result.same_sum("dx", inputs.drows)
     result.same_rows("drows")
     result.same_rows("plain_drows")
+
+
+def test_nodes_change_how_sums_are_rounded() -> None:
+    """Else the cases above could not tell a sum by nodes from one by ranks."""
+    topk_idx = strategies.distinct(NODES)
+    by_ranks, by_nodes = (
+        dataclasses.replace(NODES, ranks_per_node=1).plan(topk_idx),
+        NODES.plan(topk_idx),
+    )
+    rows = np.random.default_rng(11).normal(size=(*by_nodes.named.shape, 40)).astype(np.float32)
+    assert (oracle.combine(rows, by_ranks) != oracle.combine(rows, by_nodes)).any()
 
 
 @settings(max_examples=10)

@@ -261,6 +261,11 @@ def test_errors_of_the_mesh():
         MoE(HIDDEN, FFN_HIDDEN, 12, 2, rngs=nnx.Rngs(0))
     with (
         on(AxisType.Auto, {"expert": 8}),
+        pytest.raises(ValueError, match="ranks_per_node must divide the 8 devices .* got 3"),
+    ):
+        make_layer(ranks_per_node=3)
+    with (
+        on(AxisType.Auto, {"expert": 8}),
         pytest.raises(ValueError, match="MoE must be called on global arrays"),
     ):
         jax.shard_map(layer, in_specs=P("expert"), out_specs=P("expert"))(jnp.ones((8, HIDDEN)))

@@ -94,7 +94,23 @@ def test_two_layers_train_and_sow(remat):
             "recv_rows",
             "logical_bytes",
             "wire_bytes",
+            "node_wire_bytes",
         }
+
+
+def test_nodes():
+    """Tokens leave a node once for each other one; without a mesh there is just one."""
+    x = jnp.asarray(inputs()[0])
+    alone, _ = make_layer(ranks_per_node=2).apply_with_aux(x)
+    aux = {}
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        for per_node in (1, 2, 4):
+            layer = make_layer(ranks_per_node=per_node)
+            out, aux[per_node] = jax.jit(layer.apply_with_aux)(x)
+            np.testing.assert_allclose(out, alone, rtol=1e-4, atol=1e-5)
+    left = [float(aux[per_node]["node_wire_bytes"]) for per_node in (1, 2, 4)]
+    assert left[0] == float(aux[1]["wire_bytes"]) == float(aux[2]["wire_bytes"])
+    assert left[0] > left[1] > left[2] == 0
 
 
 def test_losses_can_be_trained_on_through_capture():

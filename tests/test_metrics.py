@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from implementations import Row
-from strategies import BASE, ROUTINGS, TIGHT, Shape
+from strategies import BASE, NODES, ROUTINGS, TIGHT, Shape
 
 import jax_ep
 
@@ -20,10 +20,12 @@ def expected(shape: Shape, topk_idx: np.ndarray) -> dict[str, np.ndarray]:
     by_expert = plan.expert_load.astype(np.float64)
     by_rank = by_expert.reshape(shape.num_ranks, -1).sum(1)
     valid = (topk_idx >= 0) & (topk_idx < shape.num_experts)
-    wires = np.zeros(shape.num_ranks)
+    wires, node_wires = np.zeros((2, shape.num_ranks))
+    per_node = shape.ranks_per_node
     for rank, token in np.ndindex(*topk_idx.shape[:2]):
         reached = set(plan.to_rank[rank, token][plan.kept[rank, token]].tolist())
         wires[rank] += len(reached - {rank})
+        node_wires[rank] += len({r // per_node for r in reached} - {rank // per_node})
     ones = np.ones(shape.num_ranks)
     return {
         "expert_load_max_over_mean": ones * by_expert.max() / max(by_expert.mean(), 1e-9),
@@ -32,10 +34,15 @@ def expected(shape: Shape, topk_idx: np.ndarray) -> dict[str, np.ndarray]:
         "recv_rows": plan.recv_counts.sum(1),
         "logical_bytes": ROW_BYTES * plan.kept.sum((1, 2)),
         "wire_bytes": ROW_BYTES * wires,
+        "node_wire_bytes": ROW_BYTES * node_wires,
     }
 
 
-@pytest.mark.parametrize("shape", [BASE, TIGHT, Shape(capacity=7)], ids=["base", "tight", "seven"])
+@pytest.mark.parametrize(
+    "shape",
+    [BASE, TIGHT, Shape(capacity=7), NODES],
+    ids=["base", "tight", "seven", "nodes"],
+)
 def test_counts(ranks_row: Row, shape: Shape):
     def per_rank(topk_idx):
         plan = ranks_row.make_plan(
@@ -43,6 +50,7 @@ def test_counts(ranks_row: Row, shape: Shape):
             num_experts=shape.num_experts,
             capacity=shape.capacity,
             alignment=shape.alignment,
+            ranks_per_node=shape.ranks_per_node,
         )
         return jax_ep.load_metrics(plan, hidden=HIDDEN, dtype=jnp.bfloat16)
 
@@ -61,6 +69,8 @@ def test_the_examples_tell_the_counts_apart():
     metrics = [expected(TIGHT, routing(TIGHT)) for routing in ROUTINGS]
     assert any(m["dropped_fraction"].any() for m in metrics)
     assert any((m["wire_bytes"] < m["logical_bytes"]).all() for m in metrics)
+    nodes = [expected(NODES, routing(NODES)) for routing in ROUTINGS]
+    assert any((m["node_wire_bytes"] < m["wire_bytes"]).all() for m in nodes)
     home = expected(BASE, next(r for r in ROUTINGS if r.__name__ == "own_experts_only")(BASE))
     assert not home["wire_bytes"].any()
     assert home["logical_bytes"].all()

@@ -21,6 +21,7 @@ SHAPES = {
     "drops_nothing": (Shape(), distinct),
     "drops": (Shape(capacity=9), duplicates),
     "aligned": (Shape(capacity=30, alignment=4), distinct),
+    "nodes": (Shape(ranks_per_node=2), distinct),
     "a_rank_receives_nothing": (Shape(), a_rank_receives_nothing),
     "nothing_kept": (Shape(), nothing_kept),
     "no_tokens": (Shape(num_tokens=0), distinct),
@@ -64,6 +65,7 @@ def run(row: Row, shape: Shape, floats, topk_idx, dout):
                 axis_name=row.fabric.axis_name,
                 capacity=shape.capacity,
                 alignment=shape.alignment,
+                ranks_per_node=shape.ranks_per_node,
                 implementation=row.implementation,
             )
 

@@ -110,7 +110,12 @@ def test_static_fields(row: Row) -> None:
 
     def per_rank(topk_idx):
         plan = row.make_plan(
-            topk_idx, num_experts=8, capacity=37, alignment=2, tail="uninitialized"
+            topk_idx,
+            num_experts=8,
+            capacity=37,
+            alignment=2,
+            tail="uninitialized",
+            ranks_per_node=num_ranks,
         )
         seen["plan"] = plan
         return plan.group_sizes
@@ -125,6 +130,7 @@ def test_static_fields(row: Row) -> None:
     assert plan.num_topk == 3
     assert plan.capacity == 37
     assert plan.alignment == 2
+    assert plan.ranks_per_node == num_ranks
     assert plan.tail == "uninitialized"
     assert plan.axis_name == row.fabric.axis_name
     assert plan.implementation == row.implementation

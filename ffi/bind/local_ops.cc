@@ -173,6 +173,7 @@ LocalReduce::Call LocalReduce::Read(CallReader& reader, bool scaled) {
   const Elements to = ElementsOf(reader, outs, sizes.num_tokens);
   ReduceRowsArgs args = {};
   args.num_ranks = sizes.num_ranks;
+  args.ranks_per_node = ReadRanksPerNode(reader);
   args.num_tokens = to.rows;
   args.num_topk = sizes.num_topk;
   args.capacity = sizes.capacity;

@@ -83,6 +83,7 @@ ReduceRowsArgs ReadReduced(CallReader& reader, const PlanSizes& sizes,
                            const float* weights, const char* out) {
   auto args = ReadPulled<ReduceRowsArgs>(reader, sizes, plan, rows);
   args.weights = weights;
+  args.ranks_per_node = ReadRanksPerNode(reader);
   args.out = reader.Result(out, rows.type, StackedTokens(reader, sizes) * args.hidden);
   return args;
 }
@@ -105,6 +106,12 @@ PlanSizes ReadSizes(CallReader& reader) {
           .num_topk = reader.Attribute("num_topk"),
           .num_experts = reader.Attribute("num_experts"),
           .capacity = reader.Attribute("capacity")};
+}
+
+std::int64_t ReadRanksPerNode(CallReader& reader) {
+  const std::int64_t ranks = reader.Attribute("ranks_per_node");
+  reader.Require(ranks > 0, "a rank on a node at least");
+  return ranks;
 }
 
 PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks) {

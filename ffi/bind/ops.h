@@ -52,6 +52,9 @@ using Tables = std::span<const PeerTable>;
 
 PlanSizes ReadSizes(CallReader& reader);
 
+// How many ranks are on a node: at least one.
+std::int64_t ReadRanksPerNode(CallReader& reader);
+
 // What plans are made of, the choices of so many ranks; and so many plans, to be filled
 // in.
 PlanArgs ReadPlanArgs(CallReader& reader, const PlanSizes& sizes, std::int64_t ranks);

@@ -27,9 +27,11 @@ enum class Pulled : std::uint8_t {
 //
 // How sums round is the same on every machine, to the last bit. For each rank, in
 // ascending order, a partial sum starts at zero and goes by fma(weight, row, sum) in
-// ascending k. It is rounded to dtype, as if it crossed a wire. These partial sums are
-// added to a total, in the same order, that is rounded to dtype at the end. All sums
-// are in float32, of float64 in float64; all rounding is to nearest, ties to even.
+// ascending k. It is rounded to dtype, as if it crossed a wire. The partial sums of a
+// node's ranks are added up in the same order, and rounded to dtype; then those of the
+// nodes likewise, at the end. A node of one rank adds nothing, so that its partial sum
+// counts as it is. All sums are in float32, of float64 in float64; all rounding is to
+// nearest, ties to even.
 struct ReduceRowsArgs {
   PeerTable rows;                 // [capacity, hidden]
   const float* weights;           // [num_tokens, num_topk], or null: all ones
@@ -48,7 +50,8 @@ struct ReduceRowsArgs {
   // The partial sums of all ranks, which stand where partial_sums.h says. As those need
   // not name them that pull rows: NOLINTNEXTLINE(readability-redundant-member-init)
   PeerTable partials = PeerTable();
-  std::int64_t first_token = 0;  // the rank's first one's number among those of all
+  std::int64_t ranks_per_node = 1;  // a node's are one after the other
+  std::int64_t first_token = 0;     // the rank's first one's number among those of all
 
   // The arguments of another rank whose operands lie behind this one's.
   EP_HOST_DEVICE ReduceRowsArgs OfStacked(std::int64_t i) const {

@@ -33,6 +33,7 @@ std::int64_t ListTerms(const ReduceRowsArgs& args, std::int64_t t, ReduceTerm* t
         .row = static_cast<const char*>(args.rows[rank]) + row * row_bytes,
         .weight = args.weights == nullptr ? 1.0F : args.weights[choice],
         .rank = rank,
+        .node = rank / static_cast<std::int32_t>(args.ranks_per_node),
     };
     std::int64_t i = count++;
     for (; i > 0 && terms[i - 1].rank > term.rank; --i) terms[i] = terms[i - 1];

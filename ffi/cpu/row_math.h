@@ -14,6 +14,7 @@ struct ReduceTerm {
   const void* row;  // [hidden]
   float weight;
   std::int32_t rank;  // whose row it is; terms come in ascending rank
+  std::int32_t node;  // where that rank is
 };
 
 // Arithmetic on whole rows. One table per instruction set, all with the same results to
@@ -35,9 +36,9 @@ struct RowMath {
   void (*scale)(DType dtype, const void* src, float weight, void* dst,
                 std::int64_t hidden);
 
-  // out = sum over ranks of round(sum of weight * row), rounded: as
-  // common/reduce_rows.h says. While each term is added, the row of the next is
-  // fetched: after the last, `row_after`, if any.
+  // out = sum over nodes of round(sum over its ranks of round(sum of weight * row)),
+  // rounded: as common/reduce_rows.h says. While each term is added, the row of the
+  // next is fetched: after the last, `row_after`, if any.
   void (*reduce)(DType dtype, const ReduceTerm* terms, std::int64_t num_terms,
                  void* out, std::int64_t hidden, const void* row_after);
 

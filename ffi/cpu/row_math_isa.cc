@@ -105,7 +105,7 @@ struct Block {
   std::int64_t begin;  // first element
   std::int64_t size;
   typename E::Sum* partial;  // [size], of the rank at hand
-  typename E::Sum* total;    // [size], of the ranks before
+  typename E::Sum* total;    // [size], of the ranks before, or of those of its node
 };
 
 // Adds one term to its rank's partial sum. The first term of a rank starts that anew;
@@ -136,41 +136,59 @@ void Accumulate(const ReduceTerm& term, const Block<E>& block, const char* ahead
   for (; i < block.size; ++i) add(i);
 }
 
+// What is fetched while a term is added: the same part of the next one's row; after the
+// last one, the next part of the first, or of `row_after`.
+template <typename E>
+const char* NextToRead(const ReduceTerm* terms, std::int64_t num_terms, std::int64_t j,
+                       const Block<E>& block, std::int64_t hidden,
+                       const void* row_after) {
+  // Fetching what is at hand already costs next to nothing.
+  const void* row = terms[j].row;
+  std::int64_t offset = block.begin;
+  if (j + 1 < num_terms) {
+    row = terms[j + 1].row;
+  } else if (block.begin + block.size < hidden) {
+    row = terms[0].row;
+    offset = block.begin + block.size;
+  } else if (row_after != nullptr) {
+    row = row_after;
+    offset = 0;
+  }
+  using Storage = typename E::Storage;
+  return reinterpret_cast<const char*>(static_cast<const Storage*>(row) + offset);
+}
+
 template <typename E>
 void Reduce(const ReduceTerm* terms, std::int64_t num_terms, void* out,
             std::int64_t hidden, const void* row_after) {
   using Sum = typename E::Sum;
-  using Storage = typename E::Storage;
   alignas(64) Sum partial[kBlock];
+  alignas(64) Sum of_node[kBlock];
   alignas(64) Sum total[kBlock];
-  auto* to = static_cast<Storage*>(out);
+  auto* to = static_cast<typename E::Storage*>(out);
   for (std::int64_t begin = 0; begin < hidden; begin += kBlock) {
     const std::int64_t size = hidden - begin < kBlock ? hidden - begin : kBlock;
-    const Block<E> block = {begin, size, partial, total};
     for (std::int64_t i = 0; i < size; ++i) total[i] = 0;
+    bool opens = false;  // whether the rank at hand is the first of its node
     for (std::int64_t j = 0; j < num_terms; ++j) {
       const bool first = j == 0 || terms[j - 1].rank != terms[j].rank;
-      const bool last_term = j + 1 == num_terms;
-      const bool last = last_term || terms[j + 1].rank != terms[j].rank;
-      const bool last_block = begin + size == hidden;
-      // Fetching what is at hand already costs next to nothing.
-      const void* row = terms[j].row;
-      std::int64_t offset = begin;
-      if (!last_term) {
-        row = terms[j + 1].row;
-      } else if (!last_block) {
-        row = terms[0].row;
-        offset = begin + size;
-      } else if (row_after != nullptr) {
-        row = row_after;
-        offset = 0;
+      const bool last = j + 1 == num_terms || terms[j + 1].rank != terms[j].rank;
+      const bool closes = j + 1 == num_terms || terms[j + 1].node != terms[j].node;
+      if (first) opens = j == 0 || terms[j - 1].node != terms[j].node;
+      // What is alone on its node is that node's sum.
+      const bool alone = opens && closes;
+      if (last && opens && !alone) {
+        for (std::int64_t i = 0; i < size; ++i) of_node[i] = 0;
       }
-      const auto* ahead =
-          reinterpret_cast<const char*>(static_cast<const Storage*>(row) + offset);
+      const Block<E> block = {begin, size, partial, alone ? total : of_node};
       const auto accumulate =
           first ? (last ? Accumulate<E, true, true> : Accumulate<E, true, false>)
                 : (last ? Accumulate<E, false, true> : Accumulate<E, false, false>);
-      accumulate(terms[j], block, ahead);
+      accumulate(terms[j], block,
+                 NextToRead(terms, num_terms, j, block, hidden, row_after));
+      if (last && closes && !alone) {
+        for (std::int64_t i = 0; i < size; ++i) total[i] += E::RoundSum(of_node[i]);
+      }
     }
     for (std::int64_t i = 0; i < size; ++i) to[begin + i] = E::Round(total[i]);
   }

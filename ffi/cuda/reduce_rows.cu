@@ -27,6 +27,8 @@ struct Terms {
   const void* row[kMaxTopk];
   float weight[kMaxTopk];
   std::int32_t rank[kMaxTopk];
+  bool ends_rank[kMaxTopk];  // whether the next term is of another rank
+  bool ends_node[kMaxTopk];
   int count;
 };
 
@@ -105,12 +107,29 @@ __device__ void MergeTerms(const ReduceRowsArgs& args, std::int64_t t, Terms& te
   if (Lane() == 0) terms.count = merged;
 }
 
+// Finds out after which terms a rank ends, and a node. By one warp.
+__device__ void MarkEnds(const ReduceRowsArgs& args, Terms& terms) {
+  __syncwarp();
+  const auto per_node = static_cast<std::int32_t>(args.ranks_per_node);
+  const int count = terms.count;
+#pragma unroll 1
+  for (int i = Lane(); i < count; i += kWarpSize) {
+    const bool is_last = i + 1 == count;
+    const std::int32_t rank = terms.rank[i];
+    const std::int32_t next = is_last ? rank : terms.rank[i + 1];
+    terms.ends_rank[i] = is_last || next != rank;
+    terms.ends_node[i] = is_last || next / per_node != rank / per_node;
+  }
+}
+
 // Adds up `count` elements of a token, from `first` on. Each rank's terms go into a
-// partial sum that is rounded as it would be to cross a wire.
+// partial sum that is rounded as it would be to cross a wire; these into one of their
+// node, likewise.
 template <typename E, int count>
 __device__ Elements<E, count> Reduce(const Terms& terms, int first) {
   using Sum = typename E::Sum;
   Sum total[count] = {};
+  Sum of_node[count] = {};
   Sum partial[count] = {};
   for (int begin = 0; begin < terms.count; begin += kLoadsInFlight) {
     Elements<E, count> held[kLoadsInFlight];
@@ -125,14 +144,18 @@ __device__ Elements<E, count> Reduce(const Terms& terms, int first) {
       const int term = begin + j;
       if (term >= terms.count) break;
       const auto weight = static_cast<Sum>(terms.weight[term]);
-      const bool is_last =
-          term + 1 == terms.count || terms.rank[term + 1] != terms.rank[term];
+      const bool ends_rank = terms.ends_rank[term];
+      const bool ends_node = terms.ends_node[term];
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         partial[i] = Fma(weight, Load<E>(held[j].at[i]), partial[i]);
-        if (is_last) {
-          total[i] += RoundSum<E>(partial[i]);
+        if (ends_rank) {
+          of_node[i] += RoundSum<E>(partial[i]);
           partial[i] = 0;
+        }
+        if (ends_node) {
+          total[i] += RoundSum<E>(of_node[i]);
+          of_node[i] = 0;
         }
       }
     }
@@ -182,6 +205,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
     if (WarpInBlock() == 0) {
       ListTerms(args, t, terms);
       if (args.pulled != Pulled::kRows) MergeTerms(args, t, terms);
+      MarkEnds(args, terms);
     }
     __syncthreads();
     char* out = static_cast<char*>(args.out) + t * args.hidden * ByteWidth(args.dtype);

@@ -111,6 +111,7 @@ def _shard(
         num_experts=config.num_experts,
         axis_name=config.expert_axes if axes and config.expert_axes else None,
         capacity=_capacity(config, axes, x.shape[0]),
+        ranks_per_node=config.ranks_per_node if axes else 1,
         implementation=config.implementation,
     )
     over = axes or None
@@ -149,7 +150,7 @@ def _global_metrics(
     others = tuple(name for name in axes if name not in config.expert_axes)
     expert_load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
     local = load_metrics(plan, hidden=config.hidden, dtype=dtype)
-    summed = ("recv_rows", "logical_bytes", "wire_bytes")
+    summed = ("recv_rows", "logical_bytes", "wire_bytes", "node_wire_bytes")
     totals = {name: local[name] for name in summed} | {"dropped": plan.num_dropped}
     totals = jax.lax.psum(totals, axes) if axes else totals
     num_choices = jnp.maximum(jnp.sum(expert_load), 1).astype(jnp.float32)

@@ -25,6 +25,7 @@ class Config:
     router: Router
     capacity_factor: float | None
     axis_name: AxisName
+    ranks_per_node: int
     implementation: Implementation | None
     dtype: jnp.dtype | None
 
@@ -35,7 +36,7 @@ class Config:
           TypeError: a size is not an int.
           ValueError: a size, ``num_topk``, ``capacity_factor`` or an option is out of range.
         """
-        for name in ("hidden", "ffn_hidden", "num_experts", "num_topk"):
+        for name in ("hidden", "ffn_hidden", "num_experts", "num_topk", "ranks_per_node"):
             check_positive(name, getattr(self, name))
         if self.num_topk > self.num_experts:
             raise ValueError(
@@ -74,8 +75,8 @@ def mesh_axes(config: Config, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...
     """Returns the axes of the mesh in context that tokens are sharded over: all, or () for none.
 
     Raises:
-      ValueError: the mesh does not have the expert axis, the axis does not divide the experts, or a
-        ``shard_map`` encloses the layer.
+      ValueError: the mesh does not have the expert axis, the axis does not divide the experts or is
+        not made of whole nodes, or a ``shard_map`` encloses the layer.
     """
     if mesh.empty:
         return ()
@@ -94,5 +95,10 @@ def mesh_axes(config: Config, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...
         raise ValueError(
             f"num_experts must be a multiple of the {num_ranks} devices along "
             f"{config.axis_name!r}; got {config.num_experts}."
+        )
+    if num_ranks % config.ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node must divide the {num_ranks} devices along {config.axis_name!r}; got "
+            f"{config.ranks_per_node}."
         )
     return mesh.axis_names

@@ -38,7 +38,7 @@ class MoE(nnx.Module):
     * ``load_balance_loss`` and ``router_z_loss``, to be scaled and added to the loss;
     * ``expert_load`` int32 [num_experts], what ``routing.update_router_bias`` takes;
     * the scalars of ``load_metrics``: ratios of that load, and sums over devices for
-      ``recv_rows``, ``logical_bytes`` and ``wire_bytes``.
+      ``recv_rows``, ``logical_bytes``, ``wire_bytes`` and ``node_wire_bytes``.
 
     ``apply_with_aux`` returns them with the output instead, for Linen and plain functions.
 
@@ -71,6 +71,7 @@ class MoE(nnx.Module):
         router: Router = "softmax",
         capacity_factor: float | None = None,
         axis_name: AxisName = "expert",
+        ranks_per_node: int = 1,
         implementation: Implementation | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -90,6 +91,8 @@ class MoE(nnx.Module):
             worst case.
           axis_name: the mesh axis, or axes, that experts are sharded over. None replicates them on
             all devices, each of which then serves its own tokens.
+          ranks_per_node: how many devices along ``axis_name`` are on a node, as for ``make_plan``;
+            without a mesh there is one rank and one node.
           implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
           dtype: what the experts compute in, and the dtype of the result; None for that of ``x``.
             The router computes in float32.
@@ -99,7 +102,8 @@ class MoE(nnx.Module):
         Raises:
           TypeError: a size is not an int.
           ValueError: a size or an option is out of range, or the mesh in context does not have
-            ``axis_name``, or its size does not divide ``num_experts``.
+            ``axis_name``, or its size does not divide ``num_experts`` or is no multiple of
+            ``ranks_per_node``.
         """
         self.config = Config(
             hidden=hidden,
@@ -109,6 +113,7 @@ class MoE(nnx.Module):
             router=router,
             capacity_factor=capacity_factor,
             axis_name=axis_name,
+            ranks_per_node=ranks_per_node,
             implementation=implementation,
             dtype=None if dtype is None else jnp.dtype(dtype),
         )

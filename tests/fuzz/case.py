@@ -75,7 +75,7 @@ class Case:
         return cls(
             seed=seed,
             row=row,
-            shape=_draw_shape(rng, num_ranks),
+            shape=_on_nodes(_draw_shape(rng, num_ranks), seed),
             place=place,
             count=1 if place == "plain" else 2 if place == "groups" else one_of((2, num_ranks)),
             wrap=one_of(WRAPS),
@@ -124,6 +124,12 @@ def _draw_shape(rng: np.random.Generator, num_ranks: int) -> Shape:
     if capacity is not None:
         capacity = max(1, reserve, capacity)
     return dataclasses.replace(shape, capacity=capacity)
+
+
+def _on_nodes(shape: Shape, seed: int) -> Shape:
+    divisors = [n for n in range(1, shape.num_ranks + 1) if shape.num_ranks % n == 0]
+    per_node = np.random.default_rng([seed, 2]).choice(divisors)
+    return dataclasses.replace(shape, ranks_per_node=int(per_node))
 
 
 def _most_arriving(shape: Shape) -> int:

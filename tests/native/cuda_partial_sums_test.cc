@@ -98,7 +98,8 @@ class Exchange {
                                    .hidden = hidden_,
                                    .dtype = dtype(),
                                    .pulled = pulled,
-                                   .partials = partials.table()},
+                                   .partials = partials.table(),
+                                   .ranks_per_node = geometry.ranks_per_node},
                                   geometry.num_ranks, nullptr));
   }
 
@@ -215,7 +216,8 @@ EP_TEST(AddsUpWhatOneRankHasOfAToken) {
                           .num_tokens = 5,
                           .num_topk = 6,
                           .capacity = capacity,
-                          .alignment = 4},
+                          .alignment = 4,
+                          .ranks_per_node = capacity == 12 ? 1 : 3},
                          dtype, hidden, rng);
       }
     }

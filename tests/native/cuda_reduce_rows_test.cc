@@ -26,7 +26,8 @@ ReduceRowsArgs Arguments(const StackedRanks& ranks, DType dtype, std::int64_t hi
           .num_topk = ranks.geometry.num_topk,
           .capacity = ranks.geometry.capacity,
           .hidden = hidden,
-          .dtype = dtype};
+          .dtype = dtype,
+          .ranks_per_node = ranks.geometry.ranks_per_node};
 }
 
 void CheckSums(const StackedRanks& ranks, DType dtype, std::int64_t hidden,
@@ -93,6 +94,21 @@ EP_TEST(SumsEachTokensRows) {
                      dtype, 2200, rng);
     CheckAllRoutings({.num_ranks = 2, .num_tokens = 2, .num_topk = 3, .capacity = 12},
                      dtype, 301, rng);
+  }
+}
+
+EP_TEST(SumsByNode) {
+  std::mt19937_64 rng(6);
+  for (const DType dtype : kAllDTypes) {
+    for (const std::int64_t ranks_per_node : {2, 3, 6}) {
+      CheckAllRoutings({.num_ranks = 6,
+                        .num_local_experts = 2,
+                        .num_tokens = 5,
+                        .num_topk = 9,
+                        .capacity = 60,
+                        .ranks_per_node = ranks_per_node},
+                       dtype, 38, rng);
+    }
   }
 }
 

@@ -33,20 +33,39 @@ const SmallFloat& SmallFloatOf(DType dtype) {
   return dtype == DType::kBF16 ? kSmallBF16 : kSmallF16;
 }
 
-template <typename Sum>
-double SumIn(DType dtype, const std::vector<Summand>& summands, std::int64_t i) {
+// The sums of what stands in ascending order of `of`, for each such number: `add` adds
+// a run of such terms, from one index to another.
+template <typename Sum, typename Of, typename Add>
+Sum SumOfRuns(DType dtype, std::size_t begin, std::size_t end, Of of, Add add) {
   Sum total = 0;
-  for (std::size_t first = 0; first < summands.size();) {
+  while (begin < end) {
+    std::size_t next = begin;
+    while (next < end && of(next) == of(begin)) ++next;
+    const Sum sum = add(begin, next);
+    total += static_cast<Sum>(Rounded(dtype, static_cast<double>(sum)));
+    begin = next;
+  }
+  return total;
+}
+
+template <typename Sum>
+double SumIn(DType dtype, const std::vector<Summand>& summands, std::int64_t i,
+             std::int64_t ranks_per_node) {
+  const auto rank = [&](std::size_t j) { return summands[j].rank; };
+  const auto node = [&](std::size_t j) { return summands[j].rank / ranks_per_node; };
+  const auto of_rank = [&](std::size_t begin, std::size_t end) {
     Sum partial = 0;
-    std::size_t j = first;
-    for (; j < summands.size() && summands[j].rank == summands[first].rank; ++j) {
+    for (std::size_t j = begin; j < end; ++j) {
       const Summand& term = summands[j];
       const auto value = static_cast<Sum>((*term.rows)[term.start + i]);
       partial = std::fma(static_cast<Sum>(term.weight), value, partial);
     }
-    total += static_cast<Sum>(Rounded(dtype, static_cast<double>(partial)));
-    first = j;
-  }
+    return partial;
+  };
+  const auto of_node = [&](std::size_t begin, std::size_t end) {
+    return SumOfRuns<Sum>(dtype, begin, end, rank, of_rank);
+  };
+  const Sum total = SumOfRuns<Sum>(dtype, 0, summands.size(), node, of_node);
   return Rounded(dtype, static_cast<double>(total));
 }
 
@@ -162,9 +181,10 @@ void Numbers::FillRandomly(std::mt19937_64& rng) {
   }
 }
 
-double ReferenceSum(DType dtype, const std::vector<Summand>& summands, std::int64_t i) {
-  return dtype == DType::kF64 ? SumIn<double>(dtype, summands, i)
-                              : SumIn<float>(dtype, summands, i);
+double ReferenceSum(DType dtype, const std::vector<Summand>& summands, std::int64_t i,
+                    std::int64_t ranks_per_node) {
+  return dtype == DType::kF64 ? SumIn<double>(dtype, summands, i, ranks_per_node)
+                              : SumIn<float>(dtype, summands, i, ranks_per_node);
 }
 
 double ReferenceProduct(DType dtype, float weight, double value) {

@@ -72,9 +72,10 @@ struct Summand {
 };
 
 // The weighted sum of element i of the summands' rows, which come in ascending rank:
-// per rank a chain of fma, rounded to dtype; these partial sums added, and rounded to
-// dtype.
-double ReferenceSum(DType dtype, const std::vector<Summand>& summands, std::int64_t i);
+// per rank a chain of fma, rounded to dtype; per node these partial sums added, and
+// rounded to dtype; then the nodes' likewise.
+double ReferenceSum(DType dtype, const std::vector<Summand>& summands, std::int64_t i,
+                    std::int64_t ranks_per_node = 1);
 
 // The product of element i, rounded once in the type that sums are in and once to
 // dtype.

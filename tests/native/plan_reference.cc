@@ -113,7 +113,7 @@ void Receive(const Geometry& geometry, const std::vector<Choice>& kept,
 std::string Geometry::Text() const {
   return "R=" + Show(num_ranks) + " L=" + Show(num_local_experts) +
          " T=" + Show(num_tokens) + " K=" + Show(num_topk) + " C=" + Show(capacity) +
-         " alignment=" + Show(alignment);
+         " alignment=" + Show(alignment) + " a node=" + Show(ranks_per_node);
 }
 
 std::vector<std::int32_t> RandomChoices(const Geometry& geometry, Routing routing,

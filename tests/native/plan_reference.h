@@ -17,6 +17,7 @@ struct Geometry {
   std::int64_t num_topk = 1;
   std::int64_t capacity = 1;
   std::int64_t alignment = 1;
+  std::int64_t ranks_per_node = 1;
 
   std::int64_t num_experts() const { return num_ranks * num_local_experts; }
   std::int64_t choices_per_rank() const { return num_tokens * num_topk; }

@@ -53,7 +53,8 @@ void CheckReduce(const TokenRows& tokens, DType dtype, bool weighted,
                                .num_topk = tokens.geometry.num_topk,
                                .capacity = tokens.geometry.capacity,
                                .hidden = tokens.hidden,
-                               .dtype = dtype};
+                               .dtype = dtype,
+                               .ranks_per_node = tokens.geometry.ranks_per_node};
   const Work work = cpu::ReduceRowsWork(args);
   if (weighted) {
     RunShuffled(work, rng);
@@ -63,7 +64,7 @@ void CheckReduce(const TokenRows& tokens, DType dtype, bool weighted,
   for (std::int64_t t = 0; t < num_tokens; ++t) {
     const std::vector<Summand> summands = SummandsOf(tokens, t, weights);
     for (std::int64_t h = 0; h < tokens.hidden; ++h) {
-      const double want = ReferenceSum(dtype, summands, h);
+      const double want = ReferenceSum(dtype, summands, h, args.ranks_per_node);
       if (!EP_CHECK(SameNumber(out[t * tokens.hidden + h], want))) return;
     }
   }
@@ -91,6 +92,21 @@ EP_TEST(ReduceSumsEachTokensRows) {
                         .capacity = 130,
                         .alignment = 4},
                        dtype, hidden, rng);
+    }
+  }
+}
+
+EP_TEST(ReduceSumsByNode) {
+  std::mt19937_64 rng(5);
+  for (const DType dtype : kAllDTypes) {
+    for (const std::int64_t ranks_per_node : {2, 3, 6}) {
+      CheckAllRoutings({.num_ranks = 6,
+                        .num_local_experts = 2,
+                        .num_tokens = 20,
+                        .num_topk = 7,
+                        .capacity = 100,
+                        .ranks_per_node = ranks_per_node},
+                       dtype, 37, rng);
     }
   }
 }

@@ -135,7 +135,9 @@ EP_TEST(ScaleByOneKeepsEveryCode) {
 
 // Terms of random ranks, in ascending order; some ranks have several, most have none.
 struct RandomTerms {
-  RandomTerms(const Numbers& rows, std::int64_t num_terms, std::mt19937_64& rng) {
+  RandomTerms(const Numbers& rows, std::int64_t num_terms, std::int32_t per_node,
+              std::mt19937_64& rng)
+      : ranks_per_node(per_node) {
     std::vector<std::int32_t> ranks;
     for (std::int64_t j = 0; j < num_terms; ++j) {
       ranks.push_back(static_cast<std::int32_t>(rng() % 6));
@@ -144,11 +146,15 @@ struct RandomTerms {
     for (const std::int32_t rank : ranks) {
       const std::int64_t start = 1 + static_cast<std::int64_t>(rng() % 9);
       const float weight = std::normal_distribution<float>(0, 1)(rng);
-      terms.push_back({.row = rows.at(start), .weight = weight, .rank = rank});
+      terms.push_back({.row = rows.at(start),
+                       .weight = weight,
+                       .rank = rank,
+                       .node = rank / per_node});
       summands.push_back(
           {.rows = &rows, .start = start, .weight = weight, .rank = rank});
     }
   }
+  std::int32_t ranks_per_node;
   std::vector<ReduceTerm> terms;
   std::vector<Summand> summands;
 };
@@ -161,24 +167,29 @@ void CheckReduce(const RowMath& math, const Numbers& rows, std::int64_t size,
   const void* row_after = num_terms % 2 == 0 ? nullptr : rows.at(3);
   math.reduce(rows.dtype(), random.terms.data(), num_terms, out.at(1), size, row_after);
   for (std::int64_t i = 0; i < size; ++i) {
-    EP_CHECK(SameNumber(out[i + 1], ReferenceSum(rows.dtype(), random.summands, i)));
+    const double want =
+        ReferenceSum(rows.dtype(), random.summands, i, random.ranks_per_node);
+    EP_CHECK(SameNumber(out[i + 1], want));
   }
   EP_CHECK_EQ(out[0], 7);
   EP_CHECK_EQ(out[size + 1], 7);
 }
 
-EP_TEST(ReduceRoundsPerRankAndAtTheEnd) {
+EP_TEST(ReduceRoundsPerRankAndNodeAndAtTheEnd) {
   std::mt19937_64 rng(3);
   ForAll([&](const RowMath& math, DType dtype, std::int64_t size) {
     Numbers rows(dtype, size + 10);
     rows.FillRandomly(rng);
     for (const std::int64_t num_terms : {0, 1, 2, 8}) {
-      CheckReduce(math, rows, size, RandomTerms(rows, num_terms, rng));
+      for (const std::int32_t per_node : {1, 2, 3, 6}) {
+        CheckReduce(math, rows, size, RandomTerms(rows, num_terms, per_node, rng));
+      }
     }
   });
 }
 
-// Rounding per rank is not rounding once: 1 + 2^-8 is 1 in bf16, whatever follows.
+// Rounding per rank is not rounding once: 1 + 2^-8 is 1 in bf16, whatever follows. Nor
+// is rounding per node.
 EP_TEST(ReduceRoundsEachRanksPart) {
   const float small = 0x1p-8F;
   Numbers ones(DType::kBF16, 1);
@@ -191,8 +202,12 @@ EP_TEST(ReduceRoundsEachRanksPart) {
       return out[0];
     };
     const void* row = ones.at(0);
-    EP_CHECK_EQ(sum({{row, 1, 0}, {row, small, 0}, {row, small, 1}}), 1);
-    EP_CHECK_EQ(sum({{row, 1, 0}, {row, small, 1}, {row, small, 1}}), 1 + 0x1p-7);
+    EP_CHECK_EQ(sum({{row, 1, 0, 0}, {row, small, 0, 0}, {row, small, 1, 1}}), 1);
+    EP_CHECK_EQ(sum({{row, 1, 0, 0}, {row, small, 1, 1}, {row, small, 1, 1}}),
+                1 + 0x1p-7);
+    EP_CHECK_EQ(sum({{row, 1, 0, 0}, {row, small, 1, 0}, {row, small, 2, 1}}), 1);
+    EP_CHECK_EQ(sum({{row, 1, 0, 0}, {row, small, 1, 1}, {row, small, 2, 1}}),
+                1 + 0x1p-7);
   }
 }
 
@@ -205,7 +220,7 @@ EP_TEST(ReducePassesOnInfinityAndNaN) {
       rows.Set(2, -kInf);
       rows.Set(3, std::numeric_limits<double>::quiet_NaN());
       Numbers out(dtype, 4);
-      const ReduceTerm term = {.row = rows.at(0), .weight = 2, .rank = 0};
+      const ReduceTerm term = {.row = rows.at(0), .weight = 2, .rank = 0, .node = 0};
       math->reduce(dtype, &term, 1, out.at(0), 4, nullptr);
       for (std::int64_t i = 0; i < 4; ++i) EP_CHECK(SameNumber(out[i], rows[i]));
     }
