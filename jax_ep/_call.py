@@ -5,7 +5,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Array, Num
 
 from jax_ep._axes import Place
 from jax_ep._layout import Layout
@@ -27,6 +29,7 @@ class Call:
       devices: those of its ranks, [groups, ranks]; None where ranks are all of this process, or
         where not even the program knows.
       is_placed: whether its program knows where its ranks are.
+      num_parts: into how many parts its axis is cut, of the ranks of one exchange each.
     """
 
     op: Op
@@ -36,11 +39,28 @@ class Call:
     platform: str | None
     devices: np.ndarray | None = None
     is_placed: bool = True
+    num_parts: int = 1
 
     @property
     def spans_devices(self) -> bool:
         """Whether its ranks are on several devices."""
         return self.binding == "mesh" and self.layout.num_ranks > 1
+
+    def within_nodes(self) -> "Call":
+        """Returns the exchange of which each node's ranks have one by themselves."""
+        layout, num_nodes = self.layout, self.layout.num_nodes
+        changes = {
+            "num_ranks": layout.ranks_per_node,
+            "num_experts": layout.num_experts // num_nodes,
+            "ranks_per_node": 1,
+        }
+        devices = None if self.devices is None else self.devices.reshape(-1, layout.ranks_per_node)
+        return dataclasses.replace(
+            self,
+            layout=dataclasses.replace(layout, **changes),
+            devices=devices,
+            num_parts=num_nodes,
+        )
 
     @functools.cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -70,3 +90,11 @@ class Operands(NamedTuple):
         num_fixed = num_places + len(PlanArrays._fields) * op.takes_plan
         plan = PlanArrays(*operands[num_places:num_fixed]) if op.takes_plan else None
         return cls(Place(*operands[:num_places]), plan, tuple(operands[num_fixed:]))
+
+
+def all_gather(call: Call, x: Array) -> Num[Array, "num_ranks ..."]:
+    """Stacks what the ranks of an exchange have, on each of them."""
+    num_ranks, parts = call.layout.num_ranks, None
+    if call.num_parts > 1:
+        parts = np.arange(call.num_parts * num_ranks).reshape(-1, num_ranks).tolist()
+    return jax.lax.all_gather(x, call.layout.axis_name, axis_index_groups=parts)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jax_ep import _foreign, _local, _partial_sums, _processes, _refusals, _rounds
 from jax_ep._axes import Place
-from jax_ep._call import Call, Operands
+from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import result_type
 from jax_ep._library import describe_handlers, library, native_problem, warn_once
 from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
@@ -90,12 +90,13 @@ class Fabric:
         }
 
 
-def choose(call: Call, *, join: bool) -> Fabric | Refusal:
+def choose(call: Call, *, join: bool, among: Sequence[Fabric] | None = None) -> Fabric | Refusal:
     """Returns the fabric that carries an exchange, or why none does.
 
     Args:
       call: the exchange.
       join: whether to bring the processes together that it needs, and wait for them.
+      among: the platform's fabrics to choose from, if not all.
 
     Raises:
       TimeoutError: another process did not come in time.
@@ -103,7 +104,7 @@ def choose(call: Call, *, join: bool) -> Fabric | Refusal:
     if (problem := platform_problem(call.platform)) is not None:
         return Refusal(problem, is_expected=not fabrics_for(call.platform))
     refusals: dict[str, Refusal] = {}
-    for fabric in fabrics_for(call.platform):
+    for fabric in fabrics_for(call.platform) if among is None else among:
         reason = fabric.refuses(call)
         refusal = Refusal(reason) if reason else fabric.join(call) if join else None
         if refusal is None:
@@ -164,7 +165,7 @@ def _add_to_gpus(call: Call, operands: Operands, *, in_windows: bool) -> Additio
     pulled = operands.payloads if call.op is REDUCE_ROWS else operands.payloads[:1]
     weights = operands.payloads[len(pulled) :]
     use = _partial_sums.use(layout, pulled, are_weighted=bool(weights), in_windows=in_windows)
-    gathered = [jax.lax.all_gather(w, layout.axis_name) if use else w for w in weights]
+    gathered = [all_gather(call, w) if use else w for w in weights]
     room = min(layout.capacity, layout.num_ranks * layout.num_tokens)
     partials = [
         result_type((room, rows.shape[-1]) if use else (1,), rows.dtype, rows) for rows in pulled
@@ -195,6 +196,17 @@ def _members_and_sums(op: Op) -> tuple[str, ...]:
     return ("members", "partial_sums") if op in _PARTIALS else ("members",)
 
 
+def _carry_in_rounds(fabric: Fabric, call: Call, operands: Operands) -> list[jax.Array]:
+    """Has another fabric carry what can be exchanged within nodes, if a plan has such."""
+    within_nodes = None
+    if call.op is not PLAN and 1 < call.layout.ranks_per_node < call.layout.num_ranks:
+        others = [row for row in fabrics_for(fabric.platform) if row.name != fabric.name]
+        chosen = choose(call.within_nodes(), join=True, among=others)
+        if not isinstance(chosen, Refusal):
+            within_nodes = functools.partial(chosen.carry, chosen)
+    return _rounds.run(fabric, call, operands, within_nodes)
+
+
 _Rounds = functools.partial(
     Fabric,
     name="rounds",
@@ -202,7 +214,7 @@ _Rounds = functools.partial(
     plan=_local.told_of_plan,
     payloads=_local.payloads,
     own_results=_local.results,
-    carry=_rounds.run,
+    carry=_carry_in_rounds,
 )
 
 FABRICS: tuple[Fabric, ...] = (

@@ -30,9 +30,27 @@ class Layout:
         return self.num_experts // self.num_ranks
 
     @property
+    def num_choices(self) -> int:
+        """Choices of all ranks together."""
+        return self.num_ranks * self.num_tokens * self.num_topk
+
+    @property
     def num_nodes(self) -> int:
         """Nodes that the ranks are on."""
         return self.num_ranks // self.ranks_per_node
+
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of each node."""
+        ranks = range(self.num_ranks)
+        return [
+            [*ranks[first : first + self.ranks_per_node]] for first in ranks[:: self.ranks_per_node]
+        ]
+
+    @property
+    def across_nodes(self) -> list[list[int]]:
+        """The ranks that stand at the same place of their nodes."""
+        return [[*range(first, self.num_ranks, self.ranks_per_node)] for first in self.nodes[0]]
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -51,11 +69,14 @@ class Layout:
         """On how many ranks a token of random experts has choices, and on how many just one."""
         experts, local = self.num_experts, self.num_local_experts
         topk = min(self.num_topk, experts)  # others are duplicates
-        ways = math.comb(experts, topk)
-        others = experts - local
-        none = math.comb(others, topk) / ways
-        one = local * math.comb(others, topk - 1) / ways
-        return self.num_ranks * (1 - none), self.num_ranks * one
+        one = local * math.comb(experts - local, topk - 1) / math.comb(experts, topk)
+        return self.num_ranks * self.chance_to_reach(local), self.num_ranks * one
+
+    def chance_to_reach(self, some: int) -> float:
+        """Returns how likely a token of random experts has choices among some experts."""
+        topk = min(self.num_topk, self.num_experts)
+        none = math.comb(self.num_experts - some, topk) / math.comb(self.num_experts, topk)
+        return 1 - none
 
 
 def padding_reserve(num_local_experts: int, alignment: int) -> int:

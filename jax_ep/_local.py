@@ -153,7 +153,13 @@ class Local:
         return self._reduce([rows], to, _bits(rows.dtype), num_pieces=num_pieces, weights=weights)
 
     def add_up(
-        self, rows: Sequence[Num[Array, "rows hidden"]], to: Send, dtype: Any, *, num_ranks: int
+        self,
+        rows: Sequence[Num[Array, "rows hidden"]],
+        to: Send,
+        dtype: Any,
+        *,
+        num_ranks: int,
+        ranks_per_node: int,
     ) -> Num[Array, "tokens hidden"]:
         """Adds up each token's partial sums from the wire, in the order of their ranks.
 
@@ -162,9 +168,9 @@ class Local:
           to: which belong to which token: the row in its rank's piece, if there are such.
           dtype: what they are.
           num_ranks: how many ranks they are of.
+          ranks_per_node: how many of these are on a node.
         """
-        per_node = self.call.layout.ranks_per_node
-        [sums] = self._reduce(rows, to, dtype, num_ranks=num_ranks, ranks_per_node=per_node)
+        [sums] = self._reduce(rows, to, dtype, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
         return sums
 
     def _reduce(

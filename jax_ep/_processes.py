@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep._call import Call, Operands
+from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import distributed_client, result_type, vary_over, varying_axes
 from jax_ep._library import library, local_devices, ordinal, register_handlers
 from jax_ep._types import Platform
@@ -82,9 +82,7 @@ def agree(call: Call, operands: Operands, members: np.ndarray, kind: np.int64) -
     axes = varying_axes(number)
     return jax.lax.cond(
         number[0] >= 0,
-        lambda: vary_over(
-            jax.lax.all_gather(number, call.layout.axis_name, tiled=False).reshape(num_ranks), axes
-        ),
+        lambda: vary_over(all_gather(call, number).reshape(num_ranks), axes),
         lambda: vary_over(jnp.broadcast_to(number, num_ranks), axes),
     )
 

@@ -5,10 +5,13 @@ which it has choices; native code packs and unpacks. On the way back a rank adds
 token, and the token's rank adds up these partial sums. Where a pair has more to send than there is
 room, all go on for as many rounds as the fullest pair needs: nothing is lost, and no buffer grows
 with the number of ranks.
+
+Where ranks are on nodes, a token crosses between nodes once for each node, and is spread there; see
+``_nodes``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,10 @@ from jaxtyping import Array
 
 from jax_ep import _foreign
 from jax_ep._call import Call, Operands
-from jax_ep._local import Groups, Local, Send
+from jax_ep._local import Local, Send
+from jax_ep._nodes import Carrier, Node
 from jax_ep._ops import GATHER_ROWS, GATHER_SCALED, PLAN, REDUCE_ROWS, REDUCE_SCALED
+from jax_ep._receivers import Rank, Receiver, Sent
 from jax_ep._types import DROPPED
 from jax_ep._wire import Wire
 from jax_ep._xla import gather_choices
@@ -25,113 +30,128 @@ from jax_ep._xla import gather_choices
 T = TypeVar("T")
 
 
-def run(fabric: _foreign.Target, call: Call, operands: Operands) -> list[Array]:
-    """Runs an op for the rank of this device."""
+def run(
+    fabric: _foreign.Target, call: Call, operands: Operands, within_nodes: Carrier | None
+) -> list[Array]:
+    """Runs an op for the rank of this device.
+
+    Args:
+      fabric: whose handlers do this rank's part.
+      call: the exchange.
+      operands: what it is given.
+      within_nodes: carries exchanges within nodes, if there are nodes and something that can.
+    """
+    layout, plan = call.layout, operands.plan
     if call.op is PLAN:
-        gathered = gather_choices(call.layout, *operands.payloads)
+        gathered = gather_choices(layout, *operands.payloads)
         return _foreign.run(fabric, call, operands._replace(payloads=(gathered,)))
-    local = Local(fabric, call, operands.where)
-    wire = Wire.of(call, operands)
+    assert plan is not None
+    wire = Wire.of(call, operands, 1 if within_nodes is None else layout.ranks_per_node)
+    local = Local(fabric, call, operands.where._replace(rank=wire.here))
+    receiver: Receiver
+    if within_nodes is None:
+        receiver = Rank.of(local, plan)
+    else:
+        receiver = Node.of(within_nodes, call.within_nodes(), operands)
+    exchange = _Exchange(local, wire, receiver)
     if call.op is GATHER_ROWS:
-        return _gather(local, wire, operands.payloads, None)
+        return exchange.gather(operands.payloads, None)
     if call.op is REDUCE_ROWS:
-        return _reduce(local, wire, operands.payloads, None)
+        return exchange.reduce(operands.payloads, None)
     first, second = operands.payloads
     if call.op is GATHER_SCALED:
-        return _gather(local, wire, [first], second)
+        return exchange.gather([first], second)
     if call.op is REDUCE_SCALED:
-        return _reduce(local, wire, [first], second)
-    return _row_dots(local, wire, first, second)
+        return exchange.reduce([first], second)
+    return exchange.row_dots(first, second)
 
 
-def _gather(local: Local, wire: Wire, xs: Sequence[Array], weights: Array | None) -> list[Array]:
-    """Sends tokens out; each round writes its rows onto those of the rounds before."""
-    groups = Groups(wire.plan.group_sizes, wire.plan.group_rows)
+class _Exchange(NamedTuple):
+    """What a rank does with its own tokens, the wire, and what is done on its other side."""
 
-    def fill(number: Any, below: Sequence[Array | None]) -> list[Array]:
-        to = Send.to(wire.rows_of_slots(number))
-        scale = None if weights is None else wire.tell(number, weights)
+    local: Local
+    wire: Wire
+    receiver: Receiver
+
+    def gather(self, xs: Sequence[Array], weights: Array | None) -> list[Array]:
+        """Sends tokens out; each round writes its rows onto those of the rounds before."""
+
+        def fill(wire: Wire, number: Any, below: Sequence[Array | None]) -> list[Array]:
+            tokens = [
+                Sent(self._send(wire, number, x), x.dtype, onto)
+                for x, onto in zip(xs, below, strict=True)
+            ]
+            return self.receiver.gather(wire, number, tokens, weights)
+
+        return _further_rounds(self.wire, fill, fill(self.wire, 0, [None] * len(xs)))
+
+    def reduce(self, rowss: Sequence[Array], weights: Array | None) -> list[Array]:
+        """Brings partial sums back, and adds them up when all of a token's are there."""
+
+        def partials(wire: Wire, number: Any) -> list[list[Array]]:
+            sums = self.receiver.partial_sums(wire, number, rowss, weights)
+            return [wire.carry_back(pieces) for pieces in sums]
+
+        def at_once() -> list[Array]:
+            wire = self.wire
+            slots = wire.places(0) if wire.num_pieces > 1 else wire.slots(0)
+            return self._add_up(wire.once(slots), partials(wire, 0), rowss)
+
+        def one_by_one() -> list[Array]:
+            # What is kept takes as much as a round: so these are half as large.
+            half = self.wire.halved()
+            num_kept, kept = half.rows_of_sums()
+
+            def keep(wire: Wire, number: Any, below: Sequence[Array | None]) -> list[Array]:
+                to = Send.to(wire.by_slot(wire.once(wire.slots(number)), kept))
+                return [
+                    self.local.gather(pieces, to, pieces[0].dtype, num_rows=num_kept, onto=onto)
+                    for pieces, onto in zip(partials(wire, number), below, strict=True)
+                ]
+
+            sums = _further_rounds(half, keep, keep(half, 0, [None] * len(rowss)))
+            return self._add_up(kept, [[rows] for rows in sums], rowss)
+
+        return jax.lax.cond(self.wire.num_rounds == 1, at_once, one_by_one)
+
+    def row_dots(self, rows: Array, dout: Array) -> list[Array]:
+        """Sends tokens' rows of ``dout`` to where the experts' are, and brings products back."""
+
+        def multiply(wire: Wire, number: Any, before: Array) -> Array:
+            dots = self.receiver.dots(wire, number, rows, self._send(wire, number, dout))
+            return wire.hear(number, dots, before)
+
+        zeros = jnp.zeros_like(self.wire.peer, dtype=jnp.float32)
+        return [_further_rounds(self.wire, multiply, multiply(self.wire, 0, zeros))]
+
+    def _send(self, wire: Wire, number: Any, x: Array) -> list[Array]:
+        """Sends tokens through a round's slots; returns those that came."""
+        to = Send.to(wire.once(wire.slots(number)))
+        pieces = self.local.pack(x, to, num_rows=wire.num_slots, num_pieces=wire.num_pieces)
+        return wire.carry(pieces)
+
+    def _add_up(
+        self, row: Array, sums: Sequence[Sequence[Array]], rowss: Sequence[Array]
+    ) -> list[Array]:
+        """Adds up each token's partial sums: of ranks, node by node, or those of nodes."""
+        wire = self.wire
+        of = Send(jnp.where(row == DROPPED, row, wire.peer), row)
+        per_node = wire.layout.ranks_per_node // wire.ranks_per_peer
         return [
-            local.gather(
-                _send(local, wire, number, x),
-                to,
-                x.dtype,
-                num_rows=wire.layout.capacity,
-                groups=groups if onto is None else None,
-                onto=onto,
-                weights=scale,
+            self.local.add_up(
+                pieces, of, rows.dtype, num_ranks=wire.num_peers, ranks_per_node=per_node
             )
-            for x, onto in zip(xs, below, strict=True)
-        ]
-
-    return _further_rounds(wire, fill, fill(0, [None] * len(xs)))
-
-
-def _reduce(local: Local, wire: Wire, rowss: Sequence[Array], weights: Array | None) -> list[Array]:
-    """Brings partial sums back, and adds them up when all of a token's are there."""
-
-    def partials(wire: Wire, number: Any) -> list[list[Array]]:
-        to = Send.to(wire.rows_of_slots(number))
-        scale = None if weights is None else wire.tell(number, weights)
-        return [
-            wire.carry_back(local.partial_sums(rows, to, num_pieces=wire.num_pieces, weights=scale))
-            for rows in rowss
-        ]
-
-    def add_up(row: Array, sums: Sequence[Sequence[Array]]) -> list[Array]:
-        of = Send(jnp.where(row == DROPPED, row, wire.rank), row)
-        num_ranks = wire.layout.num_ranks
-        return [
-            local.add_up(pieces, of, rows.dtype, num_ranks=num_ranks)
             for pieces, rows in zip(sums, rowss, strict=True)
         ]
 
-    def at_once() -> list[Array]:
-        slots = wire.places(0) if wire.num_pieces > 1 else wire.slots(0)
-        return add_up(wire.once(slots), partials(wire, 0))
 
-    def one_by_one() -> list[Array]:
-        # What is kept takes as much as a round: so these are half as large.
-        half = wire.halved()
-        num_kept, kept = wire.rows_of_sums()
-
-        def keep(number: Any, below: Sequence[Array | None]) -> list[Array]:
-            to = Send.to(half.by_slot(half.once(half.slots(number)), kept))
-            return [
-                local.gather(pieces, to, pieces[0].dtype, num_rows=num_kept, onto=onto)
-                for pieces, onto in zip(partials(half, number), below, strict=True)
-            ]
-
-        sums = _further_rounds(half, keep, keep(0, [None] * len(rowss)))
-        return add_up(kept, [[rows] for rows in sums])
-
-    return jax.lax.cond(wire.num_rounds == 1, at_once, one_by_one)
-
-
-def _row_dots(local: Local, wire: Wire, rows: Array, dout: Array) -> list[Array]:
-    """Sends tokens' rows of ``dout`` to where the experts' are, and brings products back."""
-
-    def multiply(number: Any, before: Array) -> Array:
-        to = Send.to(wire.rows_of_slots(number))
-        dots = local.dots(rows, _send(local, wire, number, dout), to)
-        return wire.hear(number, dots, before)
-
-    zeros = jnp.zeros_like(wire.rank, dtype=jnp.float32)
-    return [_further_rounds(wire, multiply, multiply(0, zeros))]
-
-
-def _send(local: Local, wire: Wire, number: Any, x: Array) -> list[Array]:
-    """Sends tokens through a round's slots; returns those that came."""
-    to = Send.to(wire.once(wire.slots(number)))
-    return wire.carry(local.pack(x, to, num_rows=wire.num_slots, num_pieces=wire.num_pieces))
-
-
-def _further_rounds(wire: Wire, step: Callable[[Any, T], T], first: T) -> T:
+def _further_rounds(wire: Wire, step: Callable[[Wire, Any, T], T], first: T) -> T:
     """Takes what the first round gave through the others, of which there are none as a rule."""
+    others = wire.after_the_first()
 
     def body(state: tuple[Array, T]) -> tuple[Array, T]:
         number, carried = state
-        return number + 1, step(number, carried)
+        return number + 1, step(others, number, carried)
 
-    start = (jnp.ones_like(wire.num_rounds), first)
-    return jax.lax.while_loop(lambda state: state[0] < wire.num_rounds, body, start)[1]
+    start = (jnp.zeros_like(others.num_rounds), first)
+    return jax.lax.while_loop(lambda state: state[0] < others.num_rounds, body, start)[1]

@@ -73,9 +73,14 @@ def plan(
 def gather_choices(
     layout: Layout, topk_idx: Int32[Array, "num_tokens num_topk"]
 ) -> Int32[Array, "num_ranks num_tokens num_topk"]:
-    """Gathers the choices of all ranks, in 2 bytes each if that is enough."""
+    """Gathers the choices of all ranks, in 2 bytes each if that is enough; once for each node."""
     wire_dtype = jnp.int16 if layout.num_experts <= jnp.iinfo(jnp.int16).max else jnp.int32
-    return _all_gather(layout, topk_idx.astype(wire_dtype)).astype(jnp.int32)
+    wire = topk_idx.astype(wire_dtype)
+    if layout.ranks_per_node == 1 or layout.axis_name == _STACK_AXIS:
+        return _all_gather(layout, wire).astype(jnp.int32)
+    for groups in (layout.across_nodes, layout.nodes):
+        wire = jax.lax.all_gather(wire, layout.axis_name, axis_index_groups=groups)
+    return jnp.swapaxes(wire, 0, 1).reshape(layout.num_ranks, *topk_idx.shape).astype(jnp.int32)
 
 
 def gather_rows(
@@ -142,9 +147,9 @@ _OPS: dict[str, Callable[..., list[Array]]] = {
 
 def _gather(layout: Layout, choice: Array, x: Array) -> Array:
     """Takes a choice's token for each row, zeros where there is none, and no bit changed."""
-    bits = _all_gather(layout, _to_bits(x))
+    bits = _all_gather(layout, to_bits(x))
     bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
-    return _from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
+    return from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
 
 
 def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> Array:
@@ -236,22 +241,25 @@ def _all_gather(layout: Layout, x: Array) -> Array:
     return gather(x)
 
 
-def swap_slices(layout: Layout, x: Array) -> Array:
-    """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each."""
+def swap_slices(layout: Layout, x: Array, groups: list[list[int]] | None = None) -> Array:
+    """Sends slice ``r`` of the leading axis to rank ``r``, and stacks what comes from each.
+
+    Among groups of ranks, if there are such, ``r`` counts those of a group.
+    """
     if layout.axis_name != _STACK_AXIS:
-        bits = jax.lax.all_to_all(_to_bits(x), layout.axis_name, split_axis=0, concat_axis=0)
-        return _from_bits(bits, x.dtype)
+        bits = jax.lax.all_to_all(to_bits(x), layout.axis_name, 0, 0, axis_index_groups=groups)
+        return from_bits(bits, x.dtype)
     swap = custom_vmap(lambda x: x)
     swap.def_vmap(lambda _size, _, x: (jnp.swapaxes(x, 0, 1), True))
     return swap(x)
 
 
-def _to_bits(x: Array) -> Array:
+def to_bits(x: Array) -> Array:
     """Views numbers as integers: XLA may widen floats to move them, which changes some NaNs."""
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
-def _from_bits(bits: Array, dtype: jnp.dtype) -> Array:
+def from_bits(bits: Array, dtype: jnp.dtype) -> Array:
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 

@@ -31,6 +31,7 @@ def make_plan(row: Row, topk_idx: jax.Array, shape: Shape = SHAPE) -> jax_ep.Pla
         capacity=shape.capacity,
         alignment=shape.alignment,
         tail=shape.tail,
+        ranks_per_node=shape.ranks_per_node,
     )
 
 

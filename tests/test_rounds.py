@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategies
 from exchanges import FIELDS, TARGETS, Answers
 from implementations import AXIS, EMULATED, Fabric, Row, over_devices, prefer, require
 from jax.sharding import AxisType, PartitionSpec
-from strategies import BASE, TIGHT, Shape
+from rounds import (
+    MANY,
+    E,
+    H,
+    K,
+    R,
+    T,
+    collectives,
+    make_plan,
+    num_rounds,
+    random_routing,
+    set_room,
+)
+from strategies import BASE, NODES, TIGHT, Shape
 
 import jax_ep
 from jax_ep import _fabrics, _wire
-from jax_ep._axes import place
-from jax_ep._call import Call, Operands
-from jax_ep._ops import GATHER_ROWS
-
-R, T, K, E, H = 4, 32, 4, 16, 16
-MANY = 0.1
-"""Room for a tenth of what pairs send as a rule: a dozen rounds."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +39,15 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     prefer("rounds")
 
 
-@pytest.fixture(params=[_wire.ROOM_FACTOR, MANY], ids=["one", "many"])
+@pytest.fixture(params=["one", "many", "smaller_ones"])
 def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
     """Rounds as they are, and so small that there are many: a fabric each, as programs differ."""
-    monkeypatch.setattr(_wire, "ROOM_FACTOR", request.param)
-    fabric = Fabric(f"rounds of {request.param}", over_devices, 8)
+    if request.param == "many":
+        set_room(monkeypatch, MANY)
+    if request.param == "smaller_ones":
+        set_room(monkeypatch, 0.6)
+        monkeypatch.setattr(_wire, "FEW_ROWS", 1)
+    fabric = Fabric(f"{request.param} rounds", over_devices, 8)
     return Row("native", fabric, exact=True, platform="emulated" if EMULATED else "cpu")
 
 
@@ -55,6 +63,24 @@ def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
         (
             Shape(num_ranks=8, num_experts=24, alignment=4, tail="uninitialized"),
             strategies.distinct,
+        ),
+        (NODES, strategies.distinct),
+        (NODES, strategies.out_of_range),
+        (dataclasses.replace(NODES, capacity=24, alignment=2), strategies.duplicates),
+        (
+            Shape(num_ranks=8, num_tokens=11, num_topk=6, num_experts=16, ranks_per_node=4),
+            strategies.distinct,
+        ),
+        (
+            Shape(
+                num_ranks=8,
+                num_topk=6,
+                num_experts=24,
+                alignment=4,
+                tail="uninitialized",
+                ranks_per_node=2,
+            ),
+            strategies.a_rank_receives_nothing,
         ),
     ],
 )
@@ -73,30 +99,6 @@ def test_every_op_in_any_number_of_rounds(
     result.close_dots()
 
 
-def random_routing(seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.argsort(rng.random((R, T, E)), axis=-1)[:, :, :K].astype(np.int32)
-
-
-def make_plan(topk_idx: jax.Array) -> jax_ep.Plan:
-    return jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
-
-
-def num_rounds(topk_idx: np.ndarray) -> tuple[int, int]:
-    """Returns how many rounds there are, and for how many tokens each pair has room in one."""
-
-    def per_rank(topk_idx: jax.Array) -> tuple[jax.Array, jax.Array]:
-        plan = make_plan(topk_idx)
-        call = Call(GATHER_ROWS, plan._layout, "mesh", "dispatch", "cpu")
-        operands = Operands(place(plan._layout), plan._arrays, ())
-        wire = _wire.Wire.of(call, operands)
-        return wire.num_rounds, jnp.int32(wire.room)
-
-    counts, rooms = jax.jit(over_devices(per_rank, R))(topk_idx)
-    [count] = {*counts.tolist()}  # All ranks agree.
-    return count, int(rooms[0])
-
-
 def test_a_balanced_exchange_takes_one_round() -> None:
     for seed in range(5):
         assert num_rounds(random_routing(seed))[0] == 1
@@ -105,7 +107,7 @@ def test_a_balanced_exchange_takes_one_round() -> None:
 @pytest.mark.parametrize("choice", ["first", "every"])
 def test_as_many_as_the_fullest_pair_needs(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
     """A token goes to a rank once, however many of its choices are there."""
-    monkeypatch.setattr(_wire, "ROOM_FACTOR", 0.2)
+    set_room(monkeypatch, 0.2)
     topk_idx = np.full((R, T, K), jax_ep.DROPPED, np.int32)
     for tokens in range(T + 1):
         if tokens:
@@ -115,14 +117,17 @@ def test_as_many_as_the_fullest_pair_needs(monkeypatch: pytest.MonkeyPatch, choi
         assert count == max(1, -(-tokens // room))
 
 
-def collectives(text: str, name: str) -> Iterator[int]:
-    """Finds the bytes that each collective of a program brings to a device."""
-    for types in re.findall(rf"= \(?([^=]*?)\)? {name}\(", text):
-        shapes = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", types)
-        yield sum(
-            int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
-            for _, bits, dims in shapes
-        )
+def test_rounds_after_the_first_are_smaller() -> None:
+    """But not so small that they take as long as larger ones; together they carry all."""
+    unknown: list[Any] = [None] * len(dataclasses.fields(_wire.Wire))
+    wire = _wire.Wire(*unknown)
+    wire = dataclasses.replace(wire, room=1000, start=0)
+    for fullest, rooms in ((1, 0), (1000, 0), (1001, 1), (1250, 1), (1251, 2), (4096, 13)):
+        others = dataclasses.replace(wire, fullest=np.int32(fullest)).after_the_first()
+        assert (others.room, others.start) == (250, 1000)
+        assert max(0, int(others.num_rounds)) == rooms
+    for room, smaller in ((1, 1), (64, 64), (65, 64), (256, 64), (260, 65)):
+        assert dataclasses.replace(wire, room=room).after_the_first().room == smaller
 
 
 def test_what_a_round_takes_over_the_wire() -> None:
@@ -164,7 +169,7 @@ def test_memory_grows_with_rounds_and_not_with_ranks() -> None:
 @pytest.mark.parametrize("where", ["everywhere", "in_one_group"])
 def test_groups_go_different_ways(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """One needs a dozen rounds and the other one; or only one exchanges at all: nobody hangs."""
-    monkeypatch.setattr(_wire, "ROOM_FACTOR", MANY)
+    set_room(monkeypatch, MANY)
     mesh = jax.make_mesh((2, R), ("data", AXIS), axis_types=(AxisType.Auto,) * 2)
     x = np.random.default_rng(0).normal(size=(2, R, T, H)).astype(np.float32)
     topk_idx = np.stack([np.zeros((R, T, K), np.int32), random_routing()])
