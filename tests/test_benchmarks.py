@@ -1,22 +1,16 @@
-"""The benchmark on a GPU: what it counts, and that it still runs, on whatever device there is."""
+"""The benchmarks: what they count, and that they still run, on whatever devices there are."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import pathlib
 import subprocess
-import sys
-from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_scripts import BENCHMARKS, records_of, run
 from implementations import require
 
 pytest.importorskip("absl", reason="the benchmarks need the extra 'examples'")
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
@@ -88,23 +82,6 @@ ptxas info    : Compiling entry function '{name}' for 'sm_{arch}'
     {spilled} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
 ptxas info    : Used {registers} registers, used 1 barriers, 16 bytes smem
 """
-
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(BENCHMARKS.parent), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def records_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.split("\n") if line[:1] == "{"]
 
 
 def model(*arguments: str) -> subprocess.CompletedProcess[str]:
