@@ -1,26 +1,52 @@
 """Times plan, dispatch and combine of more and more ranks that are stacked on one device.
 
-What each costs a rank should not grow with their number. Results are checked.
+What each costs a rank should not grow with their number. Results are checked. Then prints what
+dispatch and combine of many ranks hold in memory between hosts, which should not grow either.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import timing
 from absl import app, flags
-from programs import AXIS, Inputs, make_inputs
+from programs import AXIS, Inputs, make_inputs, make_mesh, over_ranks, planner
 from shapes import Shape
 
 import jax_ep
+from jax_ep import _fabrics, _wire
+from jax_ep.testing import multiprocess
 
 _NUM_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Milliseconds a rank, on two cores. Plans of many ranks read tables of ranks by experts.
 _LIMITS = {"plan": {256: 0.3, 1024: 1.0}, "dispatch": {64: 2.0}, "combine": {64: 1.0}}
+
+_MOST_ROUNDS = 2.0
+"""Rounds of rows that an op may hold beside its operands and results: what goes and what comes."""
+
+_MEMORY = Shape(
+    name="memory64",
+    num_ranks=64,
+    num_tokens=256,
+    hidden=1024,
+    num_experts=256,
+    num_topk=8,
+    dtype=np.float32,
+    capacity_factor=1.25,
+    source="4 experts a rank as in DeepSeek-V3's training (https://arxiv.org/abs/2412.19437), few "
+    "tokens, of which a row outweighs what the plan knows of it",
+)
+
+_FEW = dataclasses.replace(_MEMORY, name="memory8", num_ranks=8)
 
 _max_ranks = flags.DEFINE_integer("max_ranks", _NUM_RANKS[-1], "Up to how many ranks.")
 _repeats = flags.DEFINE_integer("repeats", 15, "Rounds of the interleaved run.", lower_bound=1)
@@ -87,6 +113,62 @@ def limit_of(op: str, num_ranks: int) -> float | None:
     return limits[-1] if limits else None
 
 
+@multiprocess(1, _MEMORY.num_ranks, timeout=600)
+def _analyze(file: str, shape: Shape) -> None:
+    """Compiles both ops for a device each, in rounds as between hosts, and saves what XLA says."""
+    _fabrics.FABRICS = tuple(f for f in _fabrics.FABRICS if f.name == "rounds")
+    mesh = make_mesh(shape.num_ranks)
+
+    def of_ranks(*sizes: int, dtype: Any = shape.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.num_ranks, *sizes), dtype)
+
+    choices = of_ranks(shape.num_tokens, shape.num_topk, dtype=jnp.int32)
+    make_plan = planner(shape, "native", "uninitialized")
+    plan = jax.eval_shape(over_ranks(make_plan, mesh), choices)
+    weights = of_ranks(shape.num_tokens, shape.num_topk, dtype=jnp.float32)
+    operands = {
+        "dispatch": (of_ranks(shape.num_tokens, shape.hidden), plan),
+        "combine": (of_ranks(shape.capacity, shape.hidden), plan, weights),
+    }
+    a_round = shape.num_ranks * _wire.room_of(plan._layout) * shape.row_bytes
+    records = []
+    for op, given in operands.items():
+        program = over_ranks(getattr(jax_ep, op), mesh).lower(*given).compile()
+        memory = program.memory_analysis()
+        records.append(
+            {
+                "op": op,
+                "operand_bytes": memory.argument_size_in_bytes,
+                "result_bytes": memory.output_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                "round_bytes": a_round,
+            }
+        )
+    pathlib.Path(file).write_text(json.dumps(records))
+
+
+def bench_memory(shape: Shape) -> None:
+    """Prints what a rank holds while it exchanges between hosts."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "memory.json")
+        _analyze(str(file), shape)
+        records = json.loads(file.read_text())
+    table = []
+    for record in records:
+        _, *sizes = record.values()
+        rounds = record["temporary_bytes"] / record["round_bytes"]
+        met = "yes" if rounds <= _MOST_ROUNDS else "NO"
+        megabytes = (f"{size / 1e6:.2f}" for size in sizes)
+        table.append([record["op"], *megabytes, f"{rounds:.2f}", f"{_MOST_ROUNDS:g}", met])
+    timing.print_table(
+        f"MB that one of {shape.num_ranks} ranks holds in rounds: {shape.source}",
+        ("op", "operands", "results", "beside", "a round", "rounds", "at most", "met"),
+        table,
+    )
+    for record in records:
+        timing.print_json({**shape.as_json(), "bench": "scale memory", **record})
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     jax.config.update("jax_platforms", "cpu")
@@ -108,6 +190,7 @@ def main(argv: Sequence[str]) -> None:
     timing.print_table(title, header, table)
     for record in records:
         timing.print_json(record)
+    bench_memory(_FEW if _quick.value else _MEMORY)
 
 
 if __name__ == "__main__":

@@ -143,3 +143,19 @@ def test_the_mesh_benchmark_runs_on_devices_of_the_cpu():
     assert timed == [f"{name}: {op}" for name in ("native", "xla") for op in ops]
     each_way = {record["contender"]: record["bytes_each_way"] for record in records}
     assert 2 * each_way["native: dispatch"] == each_way["xla: all three"] > 0
+
+
+@pytest.mark.once
+def test_stacked_ranks_are_timed_and_what_many_hold_is_said():
+    require("native")
+    _, *records = records_of(run("bench_scale.py", "--quick"))
+    timed = [(r["num_ranks"], r["op"]) for r in records if r["bench"] == "scale"]
+    assert timed == [(ranks, op) for ranks in (8, 16) for op in ("plan", "dispatch", "combine")]
+    held = [record for record in records if record["bench"] == "scale memory"]
+    assert [record["op"] for record in held] == ["dispatch", "combine"]
+    # Both have one side of an exchange as operands and the other as results, and rows on their way.
+    tokens, rows = 256 * 4096, 2560 * 4096
+    for record, sizes in zip(held, [(tokens, rows), (rows, tokens)], strict=True):
+        assert record["operand_bytes"] > sizes[0]
+        assert record["result_bytes"] == sizes[1]
+        assert 1 < record["temporary_bytes"] / record["round_bytes"] < 2
