@@ -1,7 +1,8 @@
 """Times the exchange between processes, of one host and as if of two, and in one process.
 
 Clusters of processes are started in turn, several times each. A call's time is that of the process
-it takes longest in. Results are checked.
+it takes longest in. Results are checked. As if of two hosts, the bytes that a rank receives are
+counted too, from the choices.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import jax
 import numpy as np
 import timing
 from absl import app, flags
+from cluster_rows import Geometry, count_rows
+from cluster_traffic import OPS, WAYS, Work, plan_of
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import AXIS, Inputs, exchange, make_inputs, make_mesh, over_ranks, planner
@@ -157,8 +160,31 @@ def _bench_shape(shape: Shape, rounds: int, repeats: int) -> None:
             [f"'xla' / 'native', {_HOSTS}", ">= 3", f"{xla / hosts:.1f}", _met(xla >= 3 * hosts)],
         ],
     )
+    _print_bytes(shape)
     for (where, name), spent in times.items():
         record = {"bench": "processes", "where": where, "contender": name, **spent.as_json()}
+        timing.print_json({**shape.as_json(), **record})
+
+
+def _print_bytes(shape: Shape) -> None:
+    """Prints what a rank receives in plan, dispatch and combine as if the processes were hosts."""
+    sizes = (shape.num_tokens, shape.num_topk, shape.num_experts)
+    geometry = Geometry(shape.num_ranks, shape.num_ranks // 2, *sizes)
+    topk_idx = make_inputs(dataclasses.replace(shape, hidden=1), 0.0).topk_idx
+    weights = 4 * shape.num_topk
+    row_bytes = {"dispatch": shape.row_bytes, "combine": shape.row_bytes + weights}
+    work = Work(geometry, count_rows(geometry, topk_idx), row_bytes)
+    received = {
+        name: plan_of(work).num_bytes + sum(WAYS[way](work, op).num_bytes for op in OPS)
+        for name, way in ((_EXCHANGE, "rounds"), (_XLA, "xla"))
+    }
+    timing.print_table(
+        f"bytes that a rank receives on {shape.name}, {_HOSTS}",
+        ("what", "MB", "of what 'xla' brings"),
+        [[name, f"{b / 1e6:.2f}", f"{b / received[_XLA]:.2f}"] for name, b in received.items()],
+    )
+    for name, num_bytes in received.items():
+        record = {"bench": "received", "where": _HOSTS, "contender": name, "bytes": int(num_bytes)}
         timing.print_json({**shape.as_json(), **record})
 
 

@@ -159,3 +159,16 @@ def test_stacked_ranks_are_timed_and_what_many_hold_is_said():
         assert record["operand_bytes"] > sizes[0]
         assert record["result_bytes"] == sizes[1]
         assert 1 < record["temporary_bytes"] / record["round_bytes"] < 2
+
+
+@pytest.mark.once
+def test_processes_are_timed_and_the_bytes_between_hosts_counted():
+    require("native")
+    _, *records = records_of(run("bench_processes.py", "--quick"))
+    hosts = [r for r in records if r["where"] == "2 hosts x 4 devices"]
+    timed = [r["contender"] for r in hosts if r["bench"] == "processes"]
+    assert timed == ["plan + dispatch + combine", "plan"]
+    in_rounds, by_xla = (r["bytes"] for r in hosts if r["bench"] == "received")
+    # By "xla" the rows of 7 ranks come twice, 4 weights a token, and 4 choices of 2 bytes.
+    assert by_xla == 7 * 512 * (2 * 1024 + 4 * 4 + 4 * 2)
+    assert 0.5 < in_rounds / by_xla < 0.6
