@@ -121,3 +121,12 @@ def test_the_model_of_clusters_prints_and_draws(tmp_path):
     assert many[1:4] == ["6.72", "4.63", "1.00"]
     assert float(many[4].replace(",", "")) == pytest.approx(6.72 * 21_760 / 50, rel=0.01)
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_page_on_scaling_shows_what_the_model_prints():
+    printed = run_python("-m", "benchmarks.cluster_model").stdout
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
+    tables = [block.strip("\n") for block in page.split("```") if block.startswith("\nranks")]
+    assert len(tables) == 3
+    for table in tables:
+        assert table in printed
