@@ -38,6 +38,11 @@ _NAMES = {
 
 _ranks = flags.DEFINE_multi_integer("ranks", [2**i for i in range(3, 11)], "Numbers of ranks.")
 _per_node = flags.DEFINE_integer("ranks_per_node", 8, "GPUs that NVLink joins: an HGX H100's.")
+flags.register_multi_flags_validator(
+    ["ranks", "ranks_per_node"],
+    lambda v: all(n <= v["ranks_per_node"] or n % v["ranks_per_node"] == 0 for n in v["ranks"]),
+    "ranks must fill whole nodes, or be on one.",
+)
 _tokens = flags.DEFINE_integer("tokens", 4096, "Tokens a rank, as DeepEP reports training.")
 _topk = flags.DEFINE_integer("topk", 8, "Choices a token: DeepSeek-V3's (arXiv 2412.19437).")
 _hidden = flags.DEFINE_integer("hidden", 7168, "Width: DeepSeek-V3's.")
@@ -151,7 +156,7 @@ def print_quantities(lines: Sequence[Line]) -> None:
 
 def print_costs(lines: Sequence[Line]) -> None:
     """Prints what has to cross for a token, what it costs by each way, and the plan's share."""
-    header = ["ranks", "far ranks", "far nodes", "rounds", *WAYS]
+    header = ["ranks", "far ranks", "far nodes", "rounds needed", *WAYS]
     header += ["plan", "of two-level", "of rounds"]
     table = [
         [

@@ -123,6 +123,12 @@ def test_the_model_of_clusters_prints_and_draws(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_nodes_are_full():
+    done = run_python("-m", "benchmarks.cluster_model", "--ranks=12")
+    assert done.returncode == 1
+    assert "ranks must fill whole nodes" in done.stderr
+
+
 def test_the_page_on_scaling_shows_what_the_model_prints():
     printed = run_python("-m", "benchmarks.cluster_model").stdout
     page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
