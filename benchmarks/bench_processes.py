@@ -32,6 +32,7 @@ from jax_ep.testing import multiprocess
 _ONE, _TWO = "1 process x 8 devices", "2 processes x 4 devices"
 _HOSTS = "2 hosts x 4 devices"
 _EXCHANGE, _XLA = "plan + dispatch + combine", "the same by 'xla'"
+_NODES = "the same, told of the nodes"
 _DISPATCH, _PLAN, _GATHER = "dispatch", "plan", "XLA's all-gather of the choices"
 _WARMUP = 5
 
@@ -83,6 +84,8 @@ def _contenders(
 ) -> dict[str, Callable[[], Any]]:
     x, topk_idx, _ = placed
     plans = {name: planner(shape, name, "uninitialized") for name in ("native", "xla")}
+    per_node = shape.num_ranks // jax.process_count()
+    plans["nodes"] = planner(shape, "native", "uninitialized", ranks_per_node=per_node)
     programs = {name: over_ranks(exchange(plan), mesh) for name, plan in plans.items()}
     for program in programs.values():
         _check(over_ranks(plans["native"], mesh)(topk_idx), program(*placed), inputs)
@@ -96,6 +99,7 @@ def _contenders(
     return {
         _EXCHANGE: lambda: programs["native"](*placed),
         _XLA: lambda: programs["xla"](*placed),
+        _NODES: lambda: programs["nodes"](*placed),
         _DISPATCH: lambda: dispatch(x, plan),
         _PLAN: lambda: make_plan(topk_idx),
         _GATHER: lambda: gather(topk_idx),
@@ -137,6 +141,7 @@ def _bench_shape(shape: Shape, rounds: int, repeats: int) -> None:
         (_ONE, _in_one, {_EXCHANGE: repeats, _PLAN: repeats}),
         (_TWO, _in_two, {_EXCHANGE: repeats, _PLAN: repeats}),
         (_HOSTS, _in_two_hosts, {_EXCHANGE: repeats, _PLAN: repeats}),
+        (_HOSTS, _in_two_hosts, {_NODES: repeats}),
         (_TWO, _in_two, {_XLA: max(3, repeats // 3), _GATHER: repeats}),
     ]
     for _ in range(rounds):
@@ -150,6 +155,7 @@ def _bench_shape(shape: Shape, rounds: int, repeats: int) -> None:
         [[*key, spent] for key, spent in times.items()],
     )
     one, two, hosts = (times[where, _EXCHANGE].median for where in (_ONE, _TWO, _HOSTS))
+    nodes = times[_HOSTS, _NODES].median
     xla = times[_TWO, _XLA].median
     timing.print_table(
         f"goals on {shape.name}",
@@ -158,6 +164,7 @@ def _bench_shape(shape: Shape, rounds: int, repeats: int) -> None:
             [f"{_TWO} / {_ONE}", "<= 1.6", f"{two / one:.2f}", _met(two <= 1.6 * one)],
             [f"'xla' / 'native', {_TWO}", ">= 5", f"{xla / two:.1f}", _met(xla >= 5 * two)],
             [f"'xla' / 'native', {_HOSTS}", ">= 3", f"{xla / hosts:.1f}", _met(xla >= 3 * hosts)],
+            ["likewise, told of the nodes", ">= 3", f"{xla / nodes:.1f}", _met(xla >= 3 * nodes)],
         ],
     )
     _print_bytes(shape)

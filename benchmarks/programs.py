@@ -75,7 +75,7 @@ def over_ranks(per_rank: Callable[..., Any], mesh: Mesh) -> Any:
 
 
 def planner(
-    shape: Shape, implementation: Implementation, tail: Tail
+    shape: Shape, implementation: Implementation, tail: Tail, ranks_per_node: int = 1
 ) -> Callable[[jax.Array], jax_ep.Plan]:
     """Returns ``make_plan`` of one rank."""
     return functools.partial(
@@ -84,6 +84,7 @@ def planner(
         axis_name=AXIS,
         capacity=shape.capacity,
         tail=tail,
+        ranks_per_node=ranks_per_node,
         implementation=implementation,
     )
 
