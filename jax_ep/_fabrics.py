@@ -20,6 +20,7 @@ from jax_ep._axes import Place
 from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import result_type
 from jax_ep._library import describe_handlers, library, native_problem, warn_once
+from jax_ep._local import Local
 from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
@@ -204,7 +205,7 @@ def _carry_in_rounds(fabric: Fabric, call: Call, operands: Operands) -> list[jax
         chosen = choose(call.within_nodes(), join=True, among=others)
         if not isinstance(chosen, Refusal):
             within_nodes = functools.partial(chosen.carry, chosen)
-    return _rounds.run(fabric, call, operands, within_nodes)
+    return _rounds.run(Local(fabric, call, operands.where), call, operands, within_nodes)
 
 
 _Rounds = functools.partial(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, Int32, Num
 
 from jax_ep import _foreign
 from jax_ep._axes import Place
-from jax_ep._call import Call
+from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
 from jax_ep._layout import Layout
 from jax_ep._ops import (
@@ -27,6 +27,7 @@ from jax_ep._ops import (
     Op,
 )
 from jax_ep._types import DROPPED
+from jax_ep._xla import gather_choices
 
 
 class Send(NamedTuple):
@@ -86,6 +87,11 @@ class Local:
     fabric: _foreign.Target
     call: Call
     where: Place
+
+    def plan(self, call: Call, operands: Operands) -> list[Array]:
+        """Makes this rank's plan."""
+        gathered = gather_choices(call.layout, *operands.payloads)
+        return _foreign.run(self.fabric, call, operands._replace(payloads=(gathered,)))
 
     def pack(
         self, x: Num[Array, "tokens hidden"], to: Send, *, num_rows: int, num_pieces: int
@@ -158,6 +164,7 @@ class Local:
         to: Send,
         dtype: Any,
         *,
+        here: Int32[Array, ""],
         num_ranks: int,
         ranks_per_node: int,
     ) -> Num[Array, "tokens hidden"]:
@@ -167,10 +174,12 @@ class Local:
           rows: all of them; or a piece of each rank's, this one's first, then the next one's.
           to: which belong to which token: the row in its rank's piece, if there are such.
           dtype: what they are.
+          here: which of these this one is.
           num_ranks: how many ranks they are of.
           ranks_per_node: how many of these are on a node.
         """
-        [sums] = self._reduce(rows, to, dtype, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+        among = dataclasses.replace(self, where=self.where._replace(rank=here))
+        [sums] = among._reduce(rows, to, dtype, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
         return sums
 
     def _reduce(

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_ep import _fabrics, _xla
+from jax_ep import _fabrics, _rounds, _xla
 from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
 from jax_ep._compat import concrete_mesh, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._library import native_platform, warn_once
 from jax_ep._ops import Op
+from jax_ep._packed import Packed
 from jax_ep._processes import Refusal
 from jax_ep._types import LoweredBinding, Platform
 
@@ -73,7 +74,17 @@ def _choose(call: Call, mesh: Any | None) -> tuple[Call, Carrier]:
         raise NotImplementedError(f"implementation='native' cannot serve here: {chosen.reason}")
     if not chosen.is_expected:
         warn_once(chosen.reason)
+    if call.platform is None and call.spans_devices:
+        return call, _carry_packed
     return call, _xla.run
+
+
+def _carry_packed(call: Call, operands: Operands) -> list[jax.Array]:
+    """Has XLA's collectives carry what JAX packs, where there is no native code for the devices.
+
+    ``_xla`` specifies the exchange, but brings all ranks' tokens to each.
+    """
+    return _rounds.run(Packed(), call, operands, None)
 
 
 def _carry_nothing(call: Call, operands: Operands) -> list[jax.Array]:

@@ -11,11 +11,16 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from jax_ep._call import Call, Operands
 from jax_ep._local import Groups, Local, Send
+from jax_ep._packed import Packed
 from jax_ep._plan import PlanArrays, is_received
 from jax_ep._wire import Wire
 
 Pieces: TypeAlias = Sequence[Array]
+
+Work: TypeAlias = Local | Packed
+"""What does a rank's own part."""
 
 
 class Sent(NamedTuple):
@@ -76,14 +81,15 @@ class Received(NamedTuple):
 class Rank:
     """A rank that does it by itself."""
 
-    local: Local
+    local: Work
     plan: PlanArrays
     received: Received
 
     @classmethod
-    def of(cls, local: Local, plan: PlanArrays) -> "Rank":
+    def of(cls, local: Work, call: Call, operands: Operands) -> "Rank":
         """Finds the places of what comes: tokens are counted as they stand in the list."""
-        layout = local.call.layout
+        layout, plan = call.layout, operands.plan
+        assert plan is not None
         token = plan.recv_choice // layout.num_topk  # of all ranks' tokens
         source = token // layout.num_tokens
         is_new = jnp.append(True, token[1:] != token[:-1])  # the list is in order of choices

@@ -17,40 +17,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jax_ep import _foreign
 from jax_ep._call import Call, Operands
-from jax_ep._local import Local, Send
+from jax_ep._local import Send
 from jax_ep._nodes import Carrier, Node
 from jax_ep._ops import GATHER_ROWS, GATHER_SCALED, PLAN, REDUCE_ROWS, REDUCE_SCALED
-from jax_ep._receivers import Rank, Receiver, Sent
+from jax_ep._receivers import Rank, Receiver, Sent, Work
 from jax_ep._types import DROPPED
 from jax_ep._wire import Wire
-from jax_ep._xla import gather_choices
 
 T = TypeVar("T")
 
 
-def run(
-    fabric: _foreign.Target, call: Call, operands: Operands, within_nodes: Carrier | None
-) -> list[Array]:
+def run(local: Work, call: Call, operands: Operands, within_nodes: Carrier | None) -> list[Array]:
     """Runs an op for the rank of this device.
 
     Args:
-      fabric: whose handlers do this rank's part.
+      local: does this rank's own part.
       call: the exchange.
       operands: what it is given.
       within_nodes: carries exchanges within nodes, if there are nodes and something that can.
     """
-    layout, plan = call.layout, operands.plan
     if call.op is PLAN:
-        gathered = gather_choices(layout, *operands.payloads)
-        return _foreign.run(fabric, call, operands._replace(payloads=(gathered,)))
-    assert plan is not None
-    wire = Wire.of(call, operands, 1 if within_nodes is None else layout.ranks_per_node)
-    local = Local(fabric, call, operands.where._replace(rank=wire.here))
+        return local.plan(call, operands)
+    wire = Wire.of(call, operands, 1 if within_nodes is None else call.layout.ranks_per_node)
     receiver: Receiver
     if within_nodes is None:
-        receiver = Rank.of(local, plan)
+        receiver = Rank.of(local, call, operands)
     else:
         receiver = Node.of(within_nodes, call.within_nodes(), operands)
     exchange = _Exchange(local, wire, receiver)
@@ -69,7 +61,7 @@ def run(
 class _Exchange(NamedTuple):
     """What a rank does with its own tokens, the wire, and what is done on its other side."""
 
-    local: Local
+    local: Work
     wire: Wire
     receiver: Receiver
 
@@ -139,7 +131,12 @@ class _Exchange(NamedTuple):
         per_node = wire.layout.ranks_per_node // wire.ranks_per_peer
         return [
             self.local.add_up(
-                pieces, of, rows.dtype, num_ranks=wire.num_peers, ranks_per_node=per_node
+                pieces,
+                of,
+                rows.dtype,
+                here=wire.here,
+                num_ranks=wire.num_peers,
+                ranks_per_node=per_node,
             )
             for pieces, rows in zip(sums, rowss, strict=True)
         ]

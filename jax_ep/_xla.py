@@ -99,10 +99,10 @@ def gather_scaled(
 ) -> list[Num[Array, "capacity hidden"]]:
     """Fills this rank's rows with their tokens, scaled by ``weights``."""
     choice = choice_of_row(layout, plan)
-    dtype = _sum_dtype(x)
+    dtype = sum_dtype(x)
     rows = _gather(layout, choice, x).astype(dtype)
     scale = _all_gather(layout, weights).reshape(-1)[:, None].astype(dtype)
-    return [_mask(choice, _take(scale, choice) * rows).astype(x.dtype)]
+    return [mask(choice, _take(scale, choice) * rows).astype(x.dtype)]
 
 
 def reduce_rows(
@@ -131,10 +131,10 @@ def row_dots(
     dout: Num[Array, "num_tokens hidden"],
 ) -> list[Float32[Array, "num_tokens num_topk"]]:
     """Computes the product of each choice's row with its token's row of ``dout``."""
-    dtype = _sum_dtype(rows)
+    dtype = sum_dtype(rows)
     row = _row_of_choice(layout, plan)
     dout = _all_gather(layout, dout).astype(dtype)
-    dots = [_dot(_pick(rows, r).astype(dtype), _mask(r, dout)) for r in jnp.unstack(row, axis=2)]
+    dots = [dot(pick(rows, r).astype(dtype), mask(r, dout)) for r in jnp.unstack(row, axis=2)]
     dots = jnp.stack(dots, axis=-1).astype(jnp.float32)
     # Each choice has its row on one rank; the others contribute exact zeros.
     return [swap_slices(layout, dots).sum(axis=0)]
@@ -149,18 +149,18 @@ def _gather(layout: Layout, choice: Array, x: Array) -> Array:
     """Takes a choice's token for each row, zeros where there is none, and no bit changed."""
     bits = _all_gather(layout, to_bits(x))
     bits = bits.reshape(layout.num_ranks * layout.num_tokens, *x.shape[1:])
-    return from_bits(_mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
+    return from_bits(mask(choice, _take(bits, choice // layout.num_topk)), x.dtype)
 
 
 def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> Array:
     """Adds up rows: a partial sum per destination rank, then over ranks."""
-    dtype = _sum_dtype(rows)
+    dtype = sum_dtype(rows)
     partial = jnp.zeros((layout.num_ranks, layout.num_tokens, rows.shape[1]), dtype)
     for k in range(layout.num_topk):
-        picked = _pick(rows, row[:, :, k]).astype(dtype)
+        picked = pick(rows, row[:, :, k]).astype(dtype)
         if weights is not None:
             # The product too: the weight of a choice without a row may be NaN.
-            picked = _mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
+            picked = mask(row[:, :, k], weights[:, :, k, None].astype(dtype) * picked)
         partial += picked
     partial = swap_slices(layout, partial.astype(rows.dtype))
     if layout.ranks_per_node > 1:
@@ -171,7 +171,7 @@ def _reduce(layout: Layout, row: Array, rows: Array, weights: Array | None) -> A
 
 def _add_up(parts: Array) -> Array:
     """Adds up what lies along the leading axis, in order, and rounds once."""
-    dtype = _sum_dtype(parts)
+    dtype = sum_dtype(parts)
     total, _ = jax.lax.scan(
         lambda total, part: (total + part.astype(dtype), None),
         jnp.zeros_like(parts[0], dtype),
@@ -270,17 +270,17 @@ def _take(values: Array, idx: Array) -> Array:
     return values[idx]
 
 
-def _pick(rows: Array, row: Array) -> Array:
+def pick(rows: Array, row: Array) -> Array:
     """Takes rows by index, zero where the index is ``DROPPED``."""
     # Mask what is read, not the product: an unused row may hold NaN.
-    return _mask(row, _take(rows, row))
+    return mask(row, _take(rows, row))
 
 
-def _mask(row: Array, values: Array) -> Array:
+def mask(row: Array, values: Array) -> Array:
     return jnp.where((row != DROPPED)[..., None], values, jnp.zeros((), values.dtype))
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
     """Multiplies and sums the last axis in an order that does not depend on how XLA compiles it."""
     missing = -a.shape[-1] % _DOT_LANES
     a, b = (jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, missing)]) for v in (a, b))
@@ -294,5 +294,5 @@ def _dot(a: Array, b: Array) -> Array:
     return lanes[..., 0]
 
 
-def _sum_dtype(x: Array) -> jnp.dtype:
+def sum_dtype(x: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
