@@ -1,6 +1,7 @@
 """Expert-parallel dispatch and combine for JAX, inside the XLA program."""
 
 from jax_ep import routing as routing
+from jax_ep import wire as wire
 from jax_ep._combine import combine as combine
 from jax_ep._dispatch import dispatch as dispatch
 from jax_ep._grouped_matmul import grouped_matmul as grouped_matmul
