@@ -49,6 +49,12 @@ _IMPLEMENTATION: flags.FlagHolder[Any] = flags.DEFINE_enum(
     ["native", "xla", "dense"],
     "What moves the tokens, by default what serves; dense moves none: every expert computes all.",
 )
+_WIRE: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "wire",
+    None,
+    ["float8_e4m3fn", "float8_e5m2"],
+    "What tokens, and in reverse the experts' cotangents, cross as; by default what they are.",
+)
 _MESH = flags.DEFINE_string(
     "mesh", None, "Devices along data x expert, as in 2x4. By default all, two along data."
 )
@@ -95,6 +101,7 @@ def make_config() -> Config:
         router=_ROUTER.value,
         capacity_factor=_CAPACITY_FACTOR.value or None,
         implementation=_IMPLEMENTATION.value,
+        wire=_WIRE.value,
     )
 
 

@@ -10,6 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+DTYPES = ("float8_e4m3fn", "float8_e5m2")
+
+BLOCK = 128
+"""How many neighbours share a scale, unless told otherwise."""
+
 LEAST_SCALE = 2.0**-100
 """Below it floats that some hardware flushes to zero would begin to tell."""
 
@@ -19,6 +24,11 @@ _INFINITY = 0x7F800000
 def num_blocks(hidden: int, block: int) -> int:
     """Returns how many blocks make up a row."""
     return -(-hidden // block)
+
+
+def encoded_bytes(hidden: int) -> int:
+    """Returns how many bytes a row takes with its scales, in blocks of the usual length."""
+    return hidden + 4 * num_blocks(hidden, BLOCK)
 
 
 def encode_rows(

@@ -1,8 +1,11 @@
 """``moe``: dispatch, SwiGLU experts and combine in one call, per shard."""
 
+from functools import partial
+
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_ep import wire
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._combine import combine
 from jax_ep._dispatch import dispatch
@@ -25,6 +28,8 @@ def moe(
     capacity: int | None = None,
     alignment: int = 1,
     ranks_per_node: int = 1,
+    wire_dtype: jax.typing.DTypeLike | None = None,
+    wire_cotangents: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "num_tokens hidden"], Plan]:
     """Applies each token's SwiGLU experts and adds up their outputs, scaled by router weights.
@@ -47,6 +52,9 @@ def moe(
       capacity: rows of this rank's receive buffer, as for ``make_plan``; None drops nothing.
       alignment: each expert's group starts at a multiple of this many rows.
       ranks_per_node: how many ranks are on a node, as for ``make_plan``.
+      wire_dtype: what tokens cross as, ``"float8_e4m3fn"`` or ``"float8_e5m2"``: see
+        ``wire.dispatch``; None for the dtype of ``x``.
+      wire_cotangents: likewise for the cotangents of the result: see ``wire.combine``.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
 
     Returns:
@@ -55,7 +63,8 @@ def moe(
 
     Raises:
       TypeError: an argument is no array or has another dtype than asked for, or a count is no int.
-      ValueError: shapes do not fit one another, or ``make_plan`` refuses its arguments.
+      ValueError: shapes do not fit one another, ``make_plan`` refuses its arguments, or one of
+        ``wire_dtype`` and ``wire_cotangents`` is out of range.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
@@ -80,11 +89,16 @@ def moe(
         implementation=implementation,
     )
     _check_weights(x, (w_gate, w_up, w_down), plan.num_local_experts)
-    rows = dispatch(x, plan)
+    send, receive = dispatch, combine
+    if wire_dtype is not None:
+        send = partial(wire.dispatch, dtype=wire_dtype)
+    if wire_cotangents is not None:
+        receive = partial(wire.combine, cotangents=wire_cotangents)
+    rows = send(x, plan)
     gate = grouped_matmul(rows, w_gate, plan.group_sizes)
     up = grouped_matmul(rows, w_up, plan.group_sizes)
     rows = grouped_matmul(jax.nn.silu(gate) * up, w_down, plan.group_sizes)
-    return combine(rows, plan, topk_weights), plan
+    return receive(rows, plan, topk_weights), plan
 
 
 def _check_weights(

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, Float32
 
 from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive, check_shape
 from jax_ep._encoded import Encoding, encode_alone, reduce_to_encoded, send_encoded
-from jax_ep._fp8 import decode_rows, num_blocks
+from jax_ep._fp8 import BLOCK, DTYPES, decode_rows, num_blocks
 from jax_ep._plan import Plan, check_plan
 
-_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 _WIDE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -25,7 +24,7 @@ def encode(
     x: Float[Array, "*lead hidden"],
     dtype: jax.typing.DTypeLike = "float8_e4m3fn",
     *,
-    block: int = 128,
+    block: int = BLOCK,
     power_of_two: bool = False,
 ) -> tuple[Float[Array, "*lead hidden"], Float32[Array, "*lead num_blocks"]]:
     """Quantises rows to 8-bit floats, with one scale for each block of a row.
@@ -72,7 +71,7 @@ def decode(
     scales: Float32[Array, "*lead num_blocks"],
     dtype: jax.typing.DTypeLike,
     *,
-    block: int = 128,
+    block: int = BLOCK,
 ) -> Float[Array, "*lead hidden"]:
     """Widens rows that ``encode`` made: each float times its block's scale.
 
@@ -102,7 +101,7 @@ def decode(
     """
     check_positive("block", block)
     check_one_of("dtype", jnp.dtype(dtype).name, _WIDE_DTYPES)
-    _check_floats("rows", rows, _DTYPES)
+    _check_floats("rows", rows, DTYPES)
     wanted = (*rows.shape[:-1], num_blocks(rows.shape[-1], block))
     check_array("scales", scales, ", ".join(["..."] * (rows.ndim - 1) + ["num_blocks"]))
     check_shape("scales", scales, wanted, "..., num_blocks")
@@ -115,7 +114,7 @@ def dispatch(
     plan: Plan,
     dtype: jax.typing.DTypeLike = "float8_e4m3fn",
     *,
-    block: int = 128,
+    block: int = BLOCK,
     power_of_two: bool = False,
 ) -> Float[Array, "capacity hidden"]:
     """Sends each token to the ranks of its experts as 8-bit floats, and widens it there.
@@ -164,7 +163,7 @@ def combine(
     topk_weights: Float32[Array, "num_tokens num_topk"] | None = None,
     *,
     cotangents: jax.typing.DTypeLike = "float8_e4m3fn",
-    block: int = 128,
+    block: int = BLOCK,
     power_of_two: bool = False,
 ) -> Float[Array, "num_tokens hidden"]:
     """Does as ``jax_ep.combine``, but has the cotangents of its result cross as 8-bit floats.
@@ -206,7 +205,7 @@ def combine(
 
 
 def _encoding(name: str, dtype: Any, block: int, power_of_two: bool) -> Encoding:
-    check_one_of(name, jnp.dtype(dtype).name, _DTYPES)
+    check_one_of(name, jnp.dtype(dtype).name, DTYPES)
     check_positive("block", block)
     return Encoding(jnp.dtype(dtype), block, power_of_two)
 

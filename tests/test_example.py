@@ -89,6 +89,14 @@ def test_training_is_that_of_the_dense_formula(name, corpus, dense_history):
     assert history.loss[-1] < history.loss[0] - 1.0
 
 
+def test_8_bits_on_the_wire_train_as_well(corpus, dense_history):
+    config = model.Config(**SMALL, implementation="xla", wire="float8_e4m3fn")
+    history, trained = train(config, corpus)
+    assert trained.blocks[0].moe.config.wire_dtype == "float8_e4m3fn"
+    np.testing.assert_allclose(history.loss, dense_history.loss, rtol=0.01)
+    assert np.any(np.abs(history.loss - dense_history.loss) > 1e-5)
+
+
 def test_a_small_capacity_drops_and_the_bias_of_a_sigmoid_router_evens_the_load(corpus):
     config = model.Config(
         **SMALL | {"num_layers": 1}, router="sigmoid", capacity_factor=0.5, implementation="xla"

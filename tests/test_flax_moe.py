@@ -202,6 +202,14 @@ def test_bytes_count_the_compute_dtype():
     assert float(aux["logical_bytes"]) == 4 * NUM_TOPK * HIDDEN * 2
 
 
+def test_tokens_cross_as_8_bits_and_bytes_count_these():
+    x = jnp.asarray(inputs()[0])
+    out, aux = make_layer(wire_dtype="float8_e4m3fn").apply_with_aux(x)
+    assert float(aux["logical_bytes"]) == 15 * NUM_TOPK * (HIDDEN + 4)
+    want = make_layer()(x)
+    assert 0 < np.max(np.abs(out - want)) < 0.1
+
+
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_compute_dtype(x_dtype, dtype):
@@ -228,6 +236,8 @@ def test_compute_dtype(x_dtype, dtype):
         ({"num_topk": 9}, ValueError, "num_topk must be at most num_experts = 8; got 9"),
         ({"router": "tanh"}, ValueError, r"router must be one of \('softmax', 'sigmoid'\)"),
         ({"implementation": "nccl"}, ValueError, "implementation must be one of"),
+        ({"wire_dtype": "int8"}, ValueError, "wire_dtype must be one of .* got 'int8'"),
+        ({"wire_cotangents": "int8"}, ValueError, "wire_cotangents must be one of .* got 'int8'"),
         ({"capacity_factor": 0.0}, ValueError, "capacity_factor must be None or positive"),
     ],
 )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wire_oracle
 from implementations import Row
 from layers import reference
 from strategies import Shape, a_rank_receives_nothing, distinct, duplicates, nothing_kept
@@ -53,7 +54,7 @@ def problem(shape: Shape, routing, seed: int = 0):
     return floats, routing(shape), dout
 
 
-def run(row: Row, shape: Shape, floats, topk_idx, dout):
+def run(row: Row, shape: Shape, floats, topk_idx, dout, **options):
     def per_rank(x, topk_weights, w_gate, w_up, w_down, topk_idx, dout):
         def layer(x, topk_weights, *weights):
             return jax_ep.moe(
@@ -67,6 +68,7 @@ def run(row: Row, shape: Shape, floats, topk_idx, dout):
                 alignment=shape.alignment,
                 ranks_per_node=shape.ranks_per_node,
                 implementation=row.implementation,
+                **options,
             )
 
         out, pull, plan = jax.vjp(layer, x, topk_weights, w_gate, w_up, w_down, has_aux=True)
@@ -82,6 +84,25 @@ def test_is_the_dense_formula_forward_and_backward(layer_row: Row, shape: Shape,
     want_kept = shape.plan(topk_idx).kept
     np.testing.assert_array_equal(kept, want_kept)
     want_out, want_grads = reference(dense, floats, dout, topk_idx, want_kept)
+    np.testing.assert_allclose(out, want_out, rtol=1e-4, atol=1e-4)
+    for got, want in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_8_bits_on_the_wire(layer_row: Row, dtype: str):
+    """The result is that of rounded tokens; the gradients are those of rounded ``dout`` besides."""
+    shape, routing = SHAPES["drops"]
+    floats, topk_idx, dout = problem(shape, routing)
+
+    def rounded(x):
+        return wire_oracle.decode(*wire_oracle.encode(x, dtype), x.dtype)
+
+    options = {"wire_dtype": dtype, "wire_cotangents": dtype}
+    out, grads, kept = run(layer_row, shape, floats, topk_idx, dout, **options)
+    floats = (rounded(floats[0]), *floats[1:])
+    want_out, _ = reference(dense, floats, dout, topk_idx, kept)
+    _, want_grads = reference(dense, floats, rounded(dout), topk_idx, kept)
     np.testing.assert_allclose(out, want_out, rtol=1e-4, atol=1e-4)
     for got, want in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

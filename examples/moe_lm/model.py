@@ -29,6 +29,7 @@ class Config:
     router: Literal["softmax", "sigmoid"] = "softmax"
     capacity_factor: float | None = None
     implementation: Literal["native", "xla", "dense"] | None = None
+    wire: Literal["float8_e4m3fn", "float8_e5m2"] | None = None
 
 
 class Attention(nnx.Module):
@@ -86,6 +87,8 @@ def make_moe(config: Config, *, rngs: nnx.Rngs) -> MoE:
         router=config.router,
         capacity_factor=config.capacity_factor,
         implementation=config.implementation,
+        wire_dtype=config.wire,
+        wire_cotangents=config.wire,
         rngs=rngs,
     )
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 import jax_ep
-from jax_ep import routing
+from jax_ep import routing, wire
 from jax_ep.flax import MoE
 from moe_lm.model import Config, Transformer
 
@@ -80,11 +80,11 @@ def _make_parts(
     weights = (experts, experts, experts)
     return {
         "plan": compile_part(lambda topk_idx: _stack(make_plan(topk_idx)), tokens),
-        "dispatch": compile_part(_dispatch, tokens, tokens),
+        "dispatch": compile_part(partial(_dispatch, config.wire), tokens, tokens),
         "experts": compile_part(
             _experts, tokens, tokens, weights, out_specs=(tokens, tokens, weights)
         ),
-        "combine": compile_part(_combine, tokens, tokens, tokens),
+        "combine": compile_part(partial(_combine, config.wire), tokens, tokens, tokens),
     }
 
 
@@ -117,8 +117,9 @@ def _unstack(plan: jax_ep.Plan) -> jax_ep.Plan:
     return jax.tree.map(lambda array: array[0], plan)
 
 
-def _dispatch(x: jax.Array, plan: jax_ep.Plan) -> tuple[jax.Array, ...]:
-    rows, pull = jax.vjp(partial(jax_ep.dispatch, plan=_unstack(plan)), x)
+def _dispatch(dtype: str | None, x: jax.Array, plan: jax_ep.Plan) -> tuple[jax.Array, ...]:
+    send = jax_ep.dispatch if dtype is None else partial(wire.dispatch, dtype=dtype)
+    rows, pull = jax.vjp(partial(send, plan=_unstack(plan)), x)
     return rows, *pull(rows)
 
 
@@ -134,15 +135,12 @@ def _experts(rows: jax.Array, plan: jax_ep.Plan, weights: tuple[jax.Array, ...])
 
 
 def _combine(
-    outputs: jax.Array, plan: jax_ep.Plan, topk_weights: jax.Array
+    cotangents: str | None, outputs: jax.Array, plan: jax_ep.Plan, topk_weights: jax.Array
 ) -> tuple[jax.Array, ...]:
-    combine = partial(_combine_with, _unstack(plan))
-    out, pull = jax.vjp(combine, outputs, topk_weights)
+    add = jax_ep.combine if cotangents is None else partial(wire.combine, cotangents=cotangents)
+    plan = _unstack(plan)
+    out, pull = jax.vjp(lambda rows, weights: add(rows, plan, weights), outputs, topk_weights)
     return out, *pull(out)
-
-
-def _combine_with(plan: jax_ep.Plan, outputs: jax.Array, topk_weights: jax.Array) -> jax.Array:
-    return jax_ep.combine(outputs, plan, topk_weights)
 
 
 def _median_seconds(calls: dict[str, Call], repeats: int) -> dict[str, float]:

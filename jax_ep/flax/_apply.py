@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Num
 
 from jax_ep import routing
+from jax_ep._fp8 import encoded_bytes
 from jax_ep._layout import suggest_capacity
 from jax_ep._metrics import load_metrics, max_over_mean, rank_load
 from jax_ep._moe import moe
@@ -112,6 +113,8 @@ def _shard(
         axis_name=config.expert_axes if axes and config.expert_axes else None,
         capacity=_capacity(config, axes, x.shape[0]),
         ranks_per_node=config.ranks_per_node if axes else 1,
+        wire_dtype=config.wire_dtype,
+        wire_cotangents=config.wire_cotangents,
         implementation=config.implementation,
     )
     over = axes or None
@@ -149,7 +152,10 @@ def _global_metrics(
     # The load counts all ranks of the expert axis already.
     others = tuple(name for name in axes if name not in config.expert_axes)
     expert_load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
-    local = load_metrics(plan, hidden=config.hidden, dtype=dtype)
+    width, element = config.hidden, dtype
+    if config.wire_dtype is not None:
+        width, element = encoded_bytes(config.hidden), jnp.uint8
+    local = load_metrics(plan, hidden=width, dtype=element)
     summed = ("recv_rows", "logical_bytes", "wire_bytes", "node_wire_bytes")
     totals = {name: local[name] for name in summed} | {"dropped": plan.num_dropped}
     totals = jax.lax.psum(totals, axes) if axes else totals

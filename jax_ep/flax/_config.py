@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_ep._checks import check_one_of, check_positive
+from jax_ep._fp8 import DTYPES
 from jax_ep._types import AxisName, Implementation
 
 Router: TypeAlias = Literal["softmax", "sigmoid"]
@@ -28,6 +29,8 @@ class Config:
     ranks_per_node: int
     implementation: Implementation | None
     dtype: jnp.dtype | None
+    wire_dtype: str | None
+    wire_cotangents: str | None
 
     def __post_init__(self) -> None:
         """Checks what can be checked before there is a mesh or an input.
@@ -44,6 +47,8 @@ class Config:
             )
         check_one_of("router", self.router, ("softmax", "sigmoid"))
         check_one_of("implementation", self.implementation, (None, "xla", "native"))
+        for name in ("wire_dtype", "wire_cotangents"):
+            check_one_of(name, getattr(self, name), (None, *DTYPES))
         factor = self.capacity_factor
         if factor is not None and not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"capacity_factor must be None or positive and finite; got {factor}.")

@@ -38,7 +38,8 @@ class MoE(nnx.Module):
     * ``load_balance_loss`` and ``router_z_loss``, to be scaled and added to the loss;
     * ``expert_load`` int32 [num_experts], what ``routing.update_router_bias`` takes;
     * the scalars of ``load_metrics``: ratios of that load, and sums over devices for
-      ``recv_rows``, ``logical_bytes``, ``wire_bytes`` and ``node_wire_bytes``.
+      ``recv_rows``, ``logical_bytes``, ``wire_bytes`` and ``node_wire_bytes``: those of
+      ``dispatch``.
 
     ``apply_with_aux`` returns them with the output instead, for Linen and plain functions.
 
@@ -74,6 +75,8 @@ class MoE(nnx.Module):
         ranks_per_node: int = 1,
         implementation: Implementation | None = None,
         dtype: jax.typing.DTypeLike | None = None,
+        wire_dtype: jax.typing.DTypeLike | None = None,
+        wire_cotangents: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -96,6 +99,9 @@ class MoE(nnx.Module):
           implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
           dtype: what the experts compute in, and the dtype of the result; None for that of ``x``.
             The router computes in float32.
+          wire_dtype: what tokens cross as on their way to the experts, ``"float8_e4m3fn"`` or
+            ``"float8_e5m2"``: see ``jax_ep.wire``; None for ``dtype``.
+          wire_cotangents: likewise for the cotangents of the result.
           param_dtype: dtype of the parameters.
           rngs: ``params`` draws the initial parameters, each expert's by LeCun's normal.
 
@@ -116,6 +122,8 @@ class MoE(nnx.Module):
             ranks_per_node=ranks_per_node,
             implementation=implementation,
             dtype=None if dtype is None else jnp.dtype(dtype),
+            wire_dtype=None if wire_dtype is None else jnp.dtype(wire_dtype).name,
+            wire_cotangents=None if wire_cotangents is None else jnp.dtype(wire_cotangents).name,
         )
         axes = mesh_axes(self.config, jax.sharding.get_abstract_mesh())
         # Without a mesh Flax refuses the annotation.
