@@ -1,6 +1,5 @@
 """Exchanges in which rows cross as 8-bit floats with scales, and how they are differentiated."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -9,26 +8,18 @@ import jax.numpy as jnp
 
 from jax_ep._axes import check_use
 from jax_ep._combine import combine
+from jax_ep._encoding import Encoding, encode
 from jax_ep._exchange import exchange
-from jax_ep._fp8 import decode_rows, encode_rows
+from jax_ep._fp8 import decode_rows
 from jax_ep._ops import GATHER_ROWS
 from jax_ep._plan import Plan
 from jax_ep._rows import row_sources
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """How rows are encoded, as ``wire.encode`` is told."""
-
-    dtype: jnp.dtype
-    block: int
-    power_of_two: bool
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def encode_alone(encoding: Encoding, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Encodes rows; refuses to be differentiated."""
-    return encode_rows(x, **dataclasses.asdict(encoding))
+    return encode(encoding, x)
 
 
 @encode_alone.defjvp
@@ -55,7 +46,7 @@ def send_encoded(
     Returns:
       The rows, decoded to the dtype of ``x``, and those of what went beside them.
     """
-    payloads = [*encode_alone(encoding, x), *beside]
+    payloads = [*encode(encoding, x), *beside]
     rows, scales, *others = exchange(GATHER_ROWS, plan, check_use(plan), call, payloads)
     return decode_rows(rows, scales, x.dtype, block=encoding.block), tuple(others)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _foreign, _local, _partial_sums, _processes, _refusals, _rounds
+from jax_ep import _foreign, _local, _native_fp8, _partial_sums, _processes, _refusals, _rounds
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import result_type
@@ -136,16 +136,16 @@ def platform_problem(platform: str | None) -> str | None:
 def _mismatch(platform: Platform) -> str | None:
     """Returns how a library's handlers differ from what calls will pass them, or None."""
     described = describe_handlers(platform)
-    for fabric in fabrics_for(platform):
-        for op in OPS:
-            handler = described.get(fabric.target(op), {})
-            for part, names in fabric.signature(op).items():
-                if handler.get(part) != names:
-                    return (
-                        f"the native library was built from other sources than jax_ep's modules: "
-                        f"the {part} of {fabric.target(op)} should be {names}; got "
-                        f"{handler.get(part)}"
-                    )
+    wanted = {f.target(op): f.signature(op) for f in fabrics_for(platform) for op in OPS}
+    wanted[_native_fp8.TARGET] = _native_fp8.SIGNATURE
+    for target, signature in wanted.items():
+        handler = described.get(target, {})
+        for part, names in signature.items():
+            if handler.get(part) != names:
+                return (
+                    f"the native library was built from other sources than jax_ep's modules: "
+                    f"the {part} of {target} should be {names}; got {handler.get(part)}"
+                )
     return None
 
 

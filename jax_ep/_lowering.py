@@ -20,14 +20,15 @@ from jax_ep._packed import Packed
 from jax_ep._processes import Refusal
 from jax_ep._types import LoweredBinding, Platform
 
-_FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "cuda"}
+FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "cuda"}
+"""What lowerings for a platform are registered as."""
 
 Carrier: TypeAlias = Callable[[Call, Operands], list[jax.Array]]
 
 
 def register_lowerings(primitive: Any) -> None:
     """Says how an exchange is lowered on every platform."""
-    for platform, name in _FFI_PLATFORMS.items():
+    for platform, name in FFI_PLATFORMS.items():
         rule = functools.partial(_lower, platform)
         mlir.register_lowering(primitive, rule, platform=name)
     mlir.register_lowering(primitive, functools.partial(_lower, None))

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive, check_shape
-from jax_ep._encoded import Encoding, encode_alone, reduce_to_encoded, send_encoded
+from jax_ep._encoded import encode_alone, reduce_to_encoded, send_encoded
+from jax_ep._encoding import Encoding
 from jax_ep._fp8 import BLOCK, DTYPES, decode_rows, num_blocks
 from jax_ep._plan import Plan, check_plan
+from jax_ep._types import Implementation
 
 _WIDE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -26,6 +28,7 @@ def encode(
     *,
     block: int = BLOCK,
     power_of_two: bool = False,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*lead hidden"], Float32[Array, "*lead num_blocks"]]:
     """Quantises rows to 8-bit floats, with one scale for each block of a row.
 
@@ -45,6 +48,8 @@ def encode(
       block: how many neighbours share a scale; the last block of a row may be shorter.
       power_of_two: whether to round scales up to a power of two, so that to scale is exact. Numbers
         within a 16th of the largest in the dtype of ``x`` may then be decoded as infinities.
+      implementation: ``"xla"``, ``"native"``, or None for native code where it serves. Either gives
+        the same bits.
 
     Returns:
       The rows in ``dtype``, and the scales, one for each block.
@@ -52,7 +57,9 @@ def encode(
     Raises:
       TypeError: ``x`` has another dtype or is no array, ``block`` is no int, or the call is
         differentiated.
-      ValueError: ``x`` has no axis, or ``dtype`` or ``block`` is out of range.
+      ValueError: ``x`` has no axis, or ``dtype``, ``block`` or ``implementation`` is out of
+        range.
+      NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,7 +68,7 @@ def encode(
       >>> rows.tolist(), scales.tolist()
       ([[0.5, -448.0, 0.15625]], [[2.0]])
     """
-    encoding = _encoding("dtype", dtype, block, power_of_two)
+    encoding = _encoding("dtype", dtype, block, power_of_two, implementation)
     _check_wide("x", x)
     return encode_alone(encoding, x)
 
@@ -99,9 +106,9 @@ def decode(
       >>> wire.decode(*wire.encode(jnp.array([[1.0, -896.0, 0.3]])), "float32").tolist()
       [[1.0, -896.0, 0.3125]]
     """
-    check_positive("block", block)
     check_one_of("dtype", jnp.dtype(dtype).name, _WIDE_DTYPES)
     _check_floats("rows", rows, DTYPES)
+    check_positive("block", block)
     wanted = (*rows.shape[:-1], num_blocks(rows.shape[-1], block))
     check_array("scales", scales, ", ".join(["..."] * (rows.ndim - 1) + ["num_blocks"]))
     check_shape("scales", scales, wanted, "..., num_blocks")
@@ -149,7 +156,7 @@ def dispatch(
       [[0.3125, -896.0], [1.0, 448.0], [0.0, 0.0]]
     """
     check_plan(plan)
-    encoding = _encoding("dtype", dtype, block, power_of_two)
+    encoding = _encoding("dtype", dtype, block, power_of_two, _demanded(plan))
     check_array("x", x, "num_tokens, hidden")
     check_shape("x", x, (plan.num_tokens, x.shape[1]), "num_tokens, hidden")
     _check_wide("x", x)
@@ -199,15 +206,23 @@ def combine(
       ([[30.0, 0.0]], [[0.3125, 896.0], [0.3125, 896.0]])
     """
     check_plan(plan)
-    encoding = _encoding("cotangents", cotangents, block, power_of_two)
+    encoding = _encoding("cotangents", cotangents, block, power_of_two, _demanded(plan))
     _check_wide("rows", rows)
     return reduce_to_encoded(encoding, rows, topk_weights, plan)
 
 
-def _encoding(name: str, dtype: Any, block: int, power_of_two: bool) -> Encoding:
+def _encoding(
+    name: str, dtype: Any, block: int, power_of_two: bool, implementation: Implementation | None
+) -> Encoding:
     check_one_of(name, jnp.dtype(dtype).name, DTYPES)
     check_positive("block", block)
-    return Encoding(jnp.dtype(dtype), block, power_of_two)
+    check_one_of("implementation", implementation, (None, "xla", "native"))
+    return Encoding(jnp.dtype(dtype), block, power_of_two, implementation)
+
+
+def _demanded(plan: Plan) -> Implementation | None:
+    """Returns what has to carry out a plan's exchanges, if anything."""
+    return plan.implementation if plan._layout.strict else None
 
 
 def _check_wide(name: str, x: Any) -> None:

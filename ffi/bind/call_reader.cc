@@ -59,14 +59,13 @@ std::int64_t Tensor::elements() const {
   return product;
 }
 
-CallReader::CallReader(Signature& asked)
+BufferReader::BufferReader(Signature& asked)
     : operands_(&kNoArgs, 0),
       results_(&kNoRets, 0),
       attributes_(nullptr),
-      asked_(&asked),
-      where_(ReadWhereabouts()) {}
+      asked_(&asked) {}
 
-std::int64_t CallReader::Attribute(const char* name) {
+std::int64_t BufferReader::Attribute(const char* name) {
   if (asked_ != nullptr) {
     asked_->attributes.insert(name);
     return 1;
@@ -77,7 +76,7 @@ std::int64_t CallReader::Attribute(const char* name) {
   return 1;
 }
 
-std::span<const std::int64_t> CallReader::List(const char* name) {
+std::span<const std::int64_t> BufferReader::List(const char* name) {
   if (asked_ != nullptr) {
     asked_->attributes.insert(name);
     return {};
@@ -87,7 +86,7 @@ std::span<const std::int64_t> CallReader::List(const char* name) {
   return {value->begin(), value->size()};
 }
 
-Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
+Tensor BufferReader::Operand(const char* name, std::size_t min_dims) {
   if (asked_ != nullptr) {
     asked_->operands.emplace_back(name);
     return OneElement();
@@ -100,7 +99,7 @@ Tensor CallReader::Operand(const char* name, std::size_t min_dims) {
   return {buffer->untyped_data(), buffer->element_type(), buffer->dimensions()};
 }
 
-std::vector<Tensor> CallReader::Operands(const char* name, std::size_t min_dims) {
+std::vector<Tensor> BufferReader::Operands(const char* name, std::size_t min_dims) {
   std::vector<Tensor> all;
   if (asked_ != nullptr) return {Operand(name, min_dims)};
   while (next_operand_ < operands_.size() && !failed()) {
@@ -109,7 +108,7 @@ std::vector<Tensor> CallReader::Operands(const char* name, std::size_t min_dims)
   return all;
 }
 
-Tensor CallReader::Result(const char* name, std::size_t min_dims) {
+Tensor BufferReader::Result(const char* name, std::size_t min_dims) {
   if (asked_ != nullptr) {
     asked_->results.emplace_back(name);
     return OneElement();
@@ -139,7 +138,7 @@ Whereabouts CallReader::ReadWhereabouts() {
   return where;
 }
 
-const char* CallReader::ReadCallName() {
+const char* BufferReader::ReadCallName() {
   if (asked_ != nullptr) {
     asked_->attributes.insert("call");
     return "exchange";
@@ -148,16 +147,16 @@ const char* CallReader::ReadCallName() {
   return Interned(call.has_value() ? *call : "exchange");
 }
 
-void CallReader::Require(bool holds, const char* what) {
+void BufferReader::Require(bool holds, const char* what) {
   if (!holds) Fail(std::string("bad call: it must have ") + what);
 }
 
-void CallReader::Fail(const std::string& why) {
+void BufferReader::Fail(const std::string& why) {
   if (!error_) error_ = why;
 }
 
-void* CallReader::Checked(const Tensor& tensor, const char* name, ffi::DataType type,
-                          std::int64_t elements) {
+void* BufferReader::Checked(const Tensor& tensor, const char* name, ffi::DataType type,
+                            std::int64_t elements) {
   if (asked_ != nullptr) return nullptr;
   Require(tensor.type == type && tensor.elements() == elements, name);
   return failed() ? nullptr : tensor.data;

@@ -65,20 +65,15 @@ struct Signature {
 
 // Reads one call. The first thing found wrong is kept as the error; what is read after
 // it is empty.
-class CallReader {
+class BufferReader {
  public:
-  CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
-             ffi::Dictionary attributes)
-      : operands_(operands),
-        results_(results),
-        attributes_(attributes),
-        where_(ReadWhereabouts()) {}
+  BufferReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
+               ffi::Dictionary attributes)
+      : operands_(operands), results_(results), attributes_(attributes) {}
 
   // Reads no call, but notes what it is asked for. Every number is 1, and every array
   // has one element, which nobody may look at.
-  explicit CallReader(Signature& asked);
-
-  const Whereabouts& where() const { return where_; }
+  explicit BufferReader(Signature& asked);
 
   std::int64_t Attribute(const char* name);
 
@@ -115,12 +110,12 @@ class CallReader {
   bool failed() const { return error_.has_value(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
 
- private:
-  Whereabouts ReadWhereabouts();
+ protected:
   const char* ReadCallName();
   void* Checked(const Tensor& tensor, const char* name, ffi::DataType type,
                 std::int64_t elements);
 
+ private:
   ffi::RemainingArgs operands_;
   ffi::RemainingRets results_;
   ffi::Dictionary attributes_;
@@ -128,7 +123,24 @@ class CallReader {
   std::size_t next_operand_ = 0;
   std::size_t next_result_ = 0;
   std::optional<std::string> error_;
-  Whereabouts where_;  // read when all else is there
+};
+
+// Reads the call of an exchange.
+class CallReader : public BufferReader {
+ public:
+  CallReader(ffi::RemainingArgs operands, ffi::RemainingRets results,
+             ffi::Dictionary attributes)
+      : BufferReader(operands, results, attributes), where_(ReadWhereabouts()) {}
+
+  explicit CallReader(Signature& asked)
+      : BufferReader(asked), where_(ReadWhereabouts()) {}
+
+  const Whereabouts& where() const { return where_; }
+
+ private:
+  Whereabouts ReadWhereabouts();
+
+  Whereabouts where_;
 };
 
 }  // namespace jax_ep

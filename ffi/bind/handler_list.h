@@ -23,12 +23,16 @@ struct Handler {
 bool ListHandler(Handler handler);
 
 // What a function asks a reader for, that a handler reads its calls with.
-template <auto read>
-Signature SignatureOf() {
+template <typename Reader, typename Call>
+Signature Asked(Call (*read)(Reader&)) {
   Signature asked;
-  CallReader reader(asked);
+  Reader reader(asked);
   read(reader);
   return asked;
+}
+template <auto read>
+Signature SignatureOf() {
+  return Asked(read);
 }
 
 }  // namespace jax_ep

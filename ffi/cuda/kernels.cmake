@@ -1,5 +1,6 @@
 # The kernels and what launches them, for a GPU or an emulated one.
 set(cuda_kernels
+  encode_rows.cu
   gather_rows.cu
   gather_scaled.cu
   partial_sums.cu
