@@ -11,7 +11,7 @@ from implementations import AXIS
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
-from jax_ep import _fabrics, _foreign, _native, _refusals
+from jax_ep import _encoding, _fabrics, _foreign, _native, _native_fp8, _refusals, wire
 
 T, K, E, H, C, WORKSPACE = 6, 2, 8, 16, 20, 123
 
@@ -41,7 +41,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fabrics, "platform_problem", lambda _: None)
     monkeypatch.setattr(_refusals, "gpu_peers_problem", lambda: None)
     monkeypatch.setattr(_native, "platform_problem", lambda _: None)
+    monkeypatch.setattr(_encoding, "platform_problem", lambda _: None)
     monkeypatch.setattr(_foreign, "register_handlers", lambda _: None)
+    monkeypatch.setattr(_native_fp8, "register_handlers", lambda _: None)
 
 
 def layer(x: jax.Array, topk_idx: jax.Array, weights: jax.Array, axis: str | None) -> jax.Array:
@@ -98,6 +100,16 @@ def test_backward() -> None:
     assert found.count("jax_ep_reduce_scaled_stacked") == 1
     assert found.count("jax_ep_reduce_rows_stacked") == 1
     assert found.count("jax_ep_row_dots_stacked") == 1
+
+
+def test_tokens_are_encoded_by_one_call_for_all_ranks() -> None:
+    def rank(x: jax.Array, topk_idx: jax.Array) -> jax.Array:
+        plan = jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, capacity=C)
+        return wire.dispatch(x, plan)
+
+    x, topk_idx, _ = operands(4)
+    found = calls(lambda *ranks: jax.vmap(rank, axis_name=AXIS)(*ranks), x, topk_idx)
+    assert sorted(names(found)) == ["jax_ep_encode_rows", *sorted(FORWARD[:2])]
 
 
 def over_mesh(num_ranks: int, implementation: str | None = None):
