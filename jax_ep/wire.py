@@ -35,8 +35,8 @@ def encode(
     With ``a`` the largest finite ``|x|`` of a block and ``m`` the largest finite number of
     ``dtype``, its scale is ``max(a, m * 2**-100) / m``, and the block becomes ``x * (1 / scale)``:
     all in float32, each step rounded once, and in the end to ``dtype``: to nearest, ties to even.
-    No step overflows, and zeros stay zeros. These are the same bits on every platform. Local
-    arithmetic: no communication. Send both results in one exchange,
+    No step overflows, and zeros stay zeros. These are the same bits on every platform, but for the
+    signs of NaNs. Local arithmetic: no communication. Send both results in one exchange,
     ``jax_ep.dispatch(wire.encode(x), plan)``, for experts that compute with them; otherwise use
     ``wire.dispatch``.
 
@@ -46,8 +46,8 @@ def encode(
       dtype: ``"float8_e4m3fn"``, with 4 significant bits, or ``"float8_e5m2"``, with 3 and a larger
         range within a block.
       block: how many neighbours share a scale; the last block of a row may be shorter.
-      power_of_two: whether to round scales up to a power of two, so that to scale is exact. Numbers
-        within a 16th of the largest in the dtype of ``x`` may then be decoded as infinities.
+      power_of_two: whether to round scales up to a power of two, so that to scale is exact. Next to
+        the largest in the dtype of ``x``, numbers may then be decoded as infinities.
       implementation: ``"xla"``, ``"native"``, or None for native code where it serves. Either gives
         the same bits.
 
@@ -57,8 +57,7 @@ def encode(
     Raises:
       TypeError: ``x`` has another dtype or is no array, ``block`` is no int, or the call is
         differentiated.
-      ValueError: ``x`` has no axis, or ``dtype``, ``block`` or ``implementation`` is out of
-        range.
+      ValueError: ``x`` has no axis, or ``dtype``, ``block`` or ``implementation`` is out of range.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:

@@ -111,6 +111,21 @@ def test_every_size_of_a_scale(implementation: str, dtype: str, power_of_two: bo
 
 
 @each_dtype
+def test_xla_rounds_so_where_it_optimises(dtype: str) -> None:
+    """Other tests have it leave programs as they are. Here it divides by its inverses."""
+    x = spread(WIDE[2], (256, 512))
+    options = {"xla_backend_optimization_level": 3}
+
+    def compiled(f):
+        return jax.jit(f).lower(x).compile(options)(x)
+
+    rows, scales = compiled(lambda x: wire.encode(x, dtype, implementation="xla"))
+    want_rows, want_scales = wire_oracle.encode(x, dtype)
+    same_bits(np.asarray(scales), want_scales, "scales")
+    same_codes(rows, want_rows)
+
+
+@each_dtype
 @each_wide
 def test_what_is_not_finite_spoils_no_neighbour(
     implementation: str, dtype: str, wide: np.dtype
