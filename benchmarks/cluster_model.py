@@ -25,16 +25,22 @@ import cluster_checks
 import cluster_picture
 import timing
 from cluster_rows import Geometry, Rows, expect_rows
-from cluster_traffic import OPS, WAYS, Cluster, Traffic, Work, plan_of
+from cluster_traffic import OPS, WAYS, Cluster, Traffic, Work, node_plan_of, plan_of
 
 _MANY = 64
 """From here on costs are compared, and up to here rows with real plans."""
 _NAMES = {
-    "direct": "direct: once into each rank",
-    "two-level": "two-level: once into each node",
-    "rounds": "rounds: jax_ep between hosts",
-    "xla": "xla: everything to everybody",
+    "direct": "direct: ideal, once to each rank",
+    "two-level": "two-level: ideal, once to each node",
+    "rounds": "rounds: jax_ep, once to each rank",
+    "node rounds": "node rounds: jax_ep, once to each node",
+    "xla": "xla, everything to everybody",
+    "plan": "plan: before direct or rounds",
+    "node plan": "node plan: before two-level or node rounds",
 }
+_PLAN_OF = dict.fromkeys(WAYS, "plan") | dict.fromkeys(("two-level", "node rounds"), "node plan")
+_CROSSING = {"direct": "far", "two-level": "nodes", "rounds": "far", "node rounds": "nodes"}
+"""What has to come from other nodes, by way."""
 
 _ranks = flags.DEFINE_multi_integer("ranks", [2**i for i in range(3, 11)], "Numbers of ranks.")
 _per_node = flags.DEFINE_integer("ranks_per_node", 8, "GPUs that NVLink joins: an HGX H100's.")
@@ -95,38 +101,45 @@ def row_bytes() -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What is reckoned for one number of ranks: the traffic of the plan, and by (op, way)."""
+    """What is reckoned for one number of ranks: the traffic of plans, and by (op, way)."""
 
     geometry: Geometry
     rows: Rows
     cluster: Cluster
-    plan: Traffic
+    plans: dict[str, Traffic]
     ops: dict[tuple[str, str], Traffic]
 
     @classmethod
     def of(cls, geometry: Geometry, cluster: Cluster) -> Line:
         work = Work(geometry, expect_rows(geometry), row_bytes())
+        plans = {"plan": plan_of(work), "node plan": node_plan_of(work)}
         ops = {(op, way): f(work, op) for op in OPS for way, f in WAYS.items()}
-        return cls(geometry, work.rows, cluster, plan_of(work), ops)
-
-    @property
-    def plan_ns(self) -> float:
-        return self.nanoseconds(self.plan)
+        return cls(geometry, work.rows, cluster, plans, ops)
 
     def nanoseconds(self, traffic: Traffic) -> float:
         """Returns the time for each token of a rank."""
         return traffic.microseconds(self.cluster) * 1e3 / self.geometry.num_tokens
 
+    def plan_ns(self, plan: str) -> float:
+        return self.nanoseconds(self.plans[plan])
+
     def exchange_ns(self, way: str) -> float:
         """Returns that of dispatch and combine together."""
         return sum(self.nanoseconds(self.ops[op, way]) for op in OPS)
 
+    def share_of_plan(self, way: str) -> float:
+        """Returns what a plan takes, over what it is made for."""
+        return self.plan_ns(_PLAN_OF[way]) / self.exchange_ns(way)
+
 
 def print_quantity(lines: Sequence[Line], title: str, of: Callable[[Line, Traffic], str]) -> None:
-    """Prints a quantity of the plan and of both ops by each way."""
-    header = ["ranks", "plan", *(f"{op[0]}: {way}" for op in OPS for way in WAYS)]
+    """Prints a quantity of plans and of both ops by each way."""
+    header = ["ranks", *lines[0].plans, *(f"{op[0]}: {way}" for op in OPS for way in WAYS)]
     table = [
-        [line.geometry.num_ranks, *(of(line, each) for each in (line.plan, *line.ops.values()))]
+        [
+            line.geometry.num_ranks,
+            *(of(line, each) for each in (*line.plans.values(), *line.ops.values())),
+        ]
         for line in lines
     ]
     timing.print_table(title, header, table)
@@ -155,22 +168,40 @@ def print_quantities(lines: Sequence[Line]) -> None:
 
 
 def print_costs(lines: Sequence[Line]) -> None:
-    """Prints what has to cross for a token, what it costs by each way, and the plan's share."""
-    header = ["ranks", "far ranks", "far nodes", "rounds needed", *WAYS]
-    header += ["plan", "of two-level", "of rounds"]
+    """Prints what has to cross for a token, what it costs by each way, and the plans' share."""
+    header = ["ranks", "far ranks", "far nodes", *WAYS]
+    header += [*lines[0].plans, "of rounds", "of node rounds"]
     table = [
         [
             line.geometry.num_ranks,
             f"{line.rows.far / line.geometry.num_tokens:.2f}",
             f"{line.rows.nodes / line.geometry.num_tokens:.2f}",
-            f"{line.rows.dispatch_rounds:.2f}",
             *(f"{line.exchange_ns(way):,.0f}" for way in WAYS),
-            f"{line.plan_ns:,.0f}",
-            *(f"{line.plan_ns / line.exchange_ns(way):.1%}" for way in ("two-level", "rounds")),
+            *(f"{line.plan_ns(plan):,.0f}" for plan in line.plans),
+            *(f"{line.share_of_plan(way):.1%}" for way in ("rounds", "node rounds")),
         ]
         for line in lines
     ]
-    title = "ns for each token of a rank, dispatch and combine together, and what the plan adds"
+    title = "ns for each token of a rank, dispatch and combine together, and what a plan adds"
+    timing.print_table(title, header, table)
+
+
+def print_slots(lines: Sequence[Line]) -> None:
+    """Prints what a pair sends in the mean, how much room it has, and what comes of that."""
+    header, table = ["ranks"], []
+    for way in ("rounds", "node rounds"):
+        header += [f"{way}: mean", "room", "taken", "slots a row"]
+    for line in lines:
+        cells: list[object] = [line.geometry.num_ranks]
+        for peer, taken in (
+            (1, line.rows.rounds),
+            (line.geometry.ranks_per_peer, line.rows.node_rounds),
+        ):
+            mean = line.geometry.num_tokens * line.geometry.chance_to_reach(peer)
+            cells += [f"{mean:,.0f}", f"{line.geometry.room(peer):,}", f"{taken.dispatch:.3f}"]
+            cells += [f"{taken.dispatch_slots / mean:.3f}"]
+        table.append(cells)
+    title = "rows of a pair, slots of its first round, how many rounds, and all slots over rows"
     timing.print_table(title, header, table)
 
 
@@ -179,13 +210,13 @@ def print_growth(lines: Sequence[Line]) -> None:
     first, table = lines[0], []
     for line in lines:
         cells: list[object] = [line.geometry.num_ranks]
-        for crossing, way in (("far", "direct"), ("nodes", "two-level"), ("far", "rounds")):
+        for way, crossing in _CROSSING.items():
             rows = getattr(line.rows, crossing) / getattr(first.rows, crossing)
             cost = line.exchange_ns(way) / first.exchange_ns(way)
             cells += [f"{rows:.3f}", f"{cost:.3f}", f"{cost / rows:.3f}"]
         table.append(cells)
     header = ["ranks"]
-    for way in ("direct", "two-level", "rounds"):
+    for way in _CROSSING:
         header += ["rows", way, "a row"]
     title = f"over those of {first.geometry.num_ranks} ranks: rows from other nodes, and time"
     timing.print_table(title, header, table)
@@ -196,7 +227,8 @@ def draw(path: pathlib.Path, lines: Sequence[Line]) -> None:
         path,
         [line.geometry.num_ranks for line in lines],
         {_NAMES[way]: [line.exchange_ns(way) / 1e3 for line in lines] for way in WAYS},
-        [line.plan_ns / 1e3 for line in lines],
+        {_NAMES[plan]: [line.plan_ns(plan) / 1e3 for line in lines] for plan in lines[0].plans},
+        steepest=_NAMES["xla"],
         title="What a token costs, dispatch and combine together: reckoned, not measured",
         subtitle=f"{_tokens.value:,} tokens a rank of {_hidden.value:,} numbers, {_topk.value} "
         f"choices, uniform routing, {_per_node.value} ranks a node; "
@@ -214,6 +246,7 @@ def main(argv: Sequence[str]) -> None:
     lines = [Line.of(geometry, cluster) for geometry in geometries]
     print_quantities(lines)
     print_costs(lines)
+    print_slots(lines)
     if many := [line for line in lines if line.geometry.num_ranks >= _MANY and line.rows.nodes]:
         print_growth(many)
     if _plot.value:

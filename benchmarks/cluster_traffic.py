@@ -17,6 +17,10 @@ from cluster_rows import Geometry, Rows
 OPS = ("dispatch", "combine")
 _STEPS_OF_A_READ = 3
 """A rank is told that rows are there, asks for them, and they come."""
+_COLLECTIVES = {"dispatch": 1, "combine": 2}
+"""Of a round: in ``combine`` the weights of choices go out before sums come back."""
+_WHERE = 8
+"""Bytes that say where a choice has its row: on which rank of a node, and which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,30 +80,50 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a rank receives, in how many messages, and after how many steps the last one comes."""
+    """What a rank receives, in how many messages, and after how many steps the last one comes.
+
+    Attributes:
+      near_bytes: from ranks of its node.
+      far_bytes: from others.
+      messages: from both.
+      steps: how long the longest chain of them is.
+      in_turn: whether one wire has to wait until the other has carried all; else both do at once.
+    """
 
     near_bytes: float
     far_bytes: float
     messages: float
     steps: Steps
+    in_turn: bool = False
 
     @property
     def num_bytes(self) -> float:
         return self.near_bytes + self.far_bytes
 
     def microseconds(self, cluster: Cluster) -> float:
-        """Returns the time: both wires carry at once, so the slower one's counts."""
+        """Returns the time: where both wires carry at once, the slower one's counts."""
         near = self.near_bytes / cluster.near_gb_per_s
         far = self.far_bytes / cluster.far_gb_per_s
         waits = self.steps.near * cluster.near_us + self.steps.far * cluster.far_us
-        return waits + max(near, far) / 1e3
+        return waits + (near + far if self.in_turn else max(near, far)) / 1e3
 
 
 def plan_of(work: Work) -> Traffic:
     """All choices, gathered in 2 bytes each if that is enough for an expert's number."""
+    return _all_gather(work.geometry, _bytes_of_choices(work.geometry))
+
+
+def node_plan_of(work: Work) -> Traffic:
+    """Likewise, but first between nodes, and then each node's ranks from each other."""
     g = work.geometry
-    index_bytes = 2 if g.num_experts <= np.iinfo(np.int16).max else 4
-    return _all_gather(g, g.num_tokens * g.num_topk * index_bytes)
+    between, inside = g.num_nodes - 1, g.ranks_per_node - 1
+    return Traffic(
+        near_bytes=inside * g.num_nodes * _bytes_of_choices(g),
+        far_bytes=between * _bytes_of_choices(g),
+        messages=between + inside,
+        steps=Steps(inside, between),
+        in_turn=True,
+    )
 
 
 def _direct(work: Work, op: str) -> Traffic:
@@ -115,27 +139,48 @@ def _direct(work: Work, op: str) -> Traffic:
 def _two_level(work: Work, op: str) -> Traffic:
     """A row comes to one rank of a node and goes on to others of it, while the next one comes."""
     g, rows, row_bytes = work.geometry, work.rows, work.row_bytes[op]
-    # The rank that it comes to wants it as often as any other of its node.
-    near = rows.near + rows.far * (g.ranks_per_node - 1) / g.ranks_per_node
     return Traffic(
-        near_bytes=near * row_bytes,
+        near_bytes=rows.spread * row_bytes,
         far_bytes=rows.nodes * row_bytes,
-        messages=near + rows.nodes,
+        messages=rows.spread + rows.nodes,
         steps=Steps(1, g.num_nodes > 1).times(_STEPS_OF_A_READ),
     )
 
 
 def _in_rounds(work: Work, op: str) -> Traffic:
     """All slots of all pairs, filled or not, and first a maximum over all ranks."""
-    g, rows, row_bytes = work.geometry, work.rows, work.row_bytes[op]
-    collectives, slots = rows.dispatch_rounds, rows.dispatch_slots
-    if op == "combine":
-        collectives, slots = 2 * rows.combine_rounds, rows.combine_slots  # weights go first
+    g, row_bytes = work.geometry, work.row_bytes[op]
+    rounds, slots = work.rows.rounds.of(op)
+    collectives = rounds * _COLLECTIVES[op]
     return Traffic(
         near_bytes=(g.ranks_per_node - 1) * slots * row_bytes,
         far_bytes=(g.num_ranks - g.ranks_per_node) * slots * row_bytes,
         messages=(g.num_ranks - 1) * collectives,
         steps=Steps.of_a_tree(g).then(Steps.of_a_hop(g).times(collectives)),
+    )
+
+
+def _in_node_rounds(work: Work, op: str) -> Traffic:
+    """All slots between ranks at the same place of their nodes; inside, what is wanted of them.
+
+    A node's ranks read from each other when all of a round has come, and in ``combine`` before
+    anything goes back. First they tell each other, in a bit for each token, what comes to them.
+    """
+    g, rows, row_bytes = work.geometry, work.rows, work.row_bytes[op]
+    if g.ranks_per_peer == 1:
+        return _in_rounds(work, op)
+    rounds, slots = rows.node_rounds.of(op)
+    between, inside = g.num_nodes - 1, g.ranks_per_node - 1
+    told = _WHERE * g.num_topk if op == "combine" else 0
+    bits = inside * g.num_ranks * math.ceil(g.num_tokens / 8)
+    collectives = rounds * _COLLECTIVES[op]
+    a_round = Steps(0, _COLLECTIVES[op]).then(Steps(_STEPS_OF_A_READ, 0))
+    return Traffic(
+        near_bytes=rows.spread * row_bytes + bits,
+        far_bytes=between * slots * (row_bytes + told),
+        messages=between * collectives + rows.spread + inside,
+        steps=Steps.of_a_tree(g).then(Steps(inside, 0)).then(a_round.times(rounds)),
+        in_turn=True,
     )
 
 
@@ -150,6 +195,12 @@ def _by_xla(work: Work, op: str) -> Traffic:
         messages=2 * (g.num_ranks - 1),
         steps=Steps.of_a_ring(g).then(Steps.of_a_hop(g)),  # weights are gathered
     )
+
+
+def _bytes_of_choices(geometry: Geometry) -> int:
+    """Returns those of a rank's."""
+    index_bytes = 2 if geometry.num_experts <= np.iinfo(np.int16).max else 4
+    return geometry.num_tokens * geometry.num_topk * index_bytes
 
 
 def _all_gather(geometry: Geometry, num_bytes: float) -> Traffic:
@@ -168,6 +219,7 @@ WAYS: dict[str, Callable[[Work, str], Traffic]] = {
     "direct": _direct,
     "two-level": _two_level,
     "rounds": _in_rounds,
+    "node rounds": _in_node_rounds,
     "xla": _by_xla,
 }
 """The ways to exchange rows.
@@ -175,5 +227,7 @@ WAYS: dict[str, Callable[[Work, str], Traffic]] = {
 - ``direct``: a token is read once by each rank that wants it, row by row, wherever it is.
 - ``two-level``: once by each node that wants it, and inside the node by each rank.
 - ``rounds``: as ``jax_ep`` does between hosts, by ``all_to_all`` of padded blocks.
+- ``node rounds``: as it does if a plan says how many ranks a node has: such blocks between nodes,
+  and what has come is read as by ``two-level``.
 - ``xla``: as ``jax_ep``'s specification does, by an all-gather and an ``all_to_all`` of everything.
 """
