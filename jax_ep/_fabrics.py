@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _foreign, _local, _native_fp8, _partial_sums, _processes, _refusals, _rounds
+from jax_ep import (
+    _foreign,
+    _local,
+    _native_fp8,
+    _owned_plan,
+    _partial_sums,
+    _processes,
+    _refusals,
+    _rounds,
+)
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import result_type
@@ -138,6 +147,7 @@ def _mismatch(platform: Platform) -> str | None:
     described = describe_handlers(platform)
     wanted = {f.target(op): f.signature(op) for f in fabrics_for(platform) for op in OPS}
     wanted[_native_fp8.TARGET] = _native_fp8.SIGNATURE
+    wanted |= _owned_plan.SIGNATURES if platform == "cpu" else {}
     for target, signature in wanted.items():
         handler = described.get(target, {})
         for part, names in signature.items():

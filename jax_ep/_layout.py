@@ -1,10 +1,14 @@
 """The static geometry of one exchange and the formulas for its capacity."""
 
 import dataclasses
+import functools
 import math
 
 from jax_ep._checks import check_positive
 from jax_ep._types import AxisName, Implementation, Tail
+
+_EXCEEDED = 0.1
+"""How often chance may give the fullest pair more than is reckoned with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,25 @@ class Layout:
         topk = min(self.num_topk, self.num_experts)
         none = math.comb(self.num_experts - some, topk) / math.comb(self.num_experts, topk)
         return 1 - none
+
+
+@functools.cache
+def fullest_of(num: int, chance: float, num_pairs: int) -> int:
+    """Returns what the fullest of so many pairs hardly ever exceeds, by chance.
+
+    Each pair draws so many times, and has such a chance to count one.
+    """
+    if chance in (0, 1):
+        return round(num * chance)
+    limit, tail = _EXCEEDED / num_pairs, 0.0
+    for number in range(num, 0, -1):
+        ways = math.lgamma(num + 1) - math.lgamma(number + 1)
+        ways -= math.lgamma(num - number + 1)
+        log = ways + number * math.log(chance) + (num - number) * math.log1p(-chance)
+        tail += math.exp(log)
+        if tail > limit:
+            return number
+    return 0
 
 
 def padding_reserve(num_local_experts: int, alignment: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Num
 
-from jax_ep import _foreign
+from jax_ep import _foreign, _owned_plan
 from jax_ep._axes import Place
 from jax_ep._call import Call, Operands
 from jax_ep._compat import result_type
@@ -89,7 +89,10 @@ class Local:
     where: Place
 
     def plan(self, call: Call, operands: Operands) -> list[Array]:
-        """Makes this rank's plan."""
+        """Makes this rank's plan: from all choices; or, if these are many, from its own."""
+        many = call.layout.num_choices >= _owned_plan.FROM_CHOICES
+        if self.fabric.platform == "cpu" and many:
+            return _owned_plan.plan(call, operands)
         gathered = gather_choices(call.layout, *operands.payloads)
         return _foreign.run(self.fabric, call, operands._replace(payloads=(gathered,)))
 

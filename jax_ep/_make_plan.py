@@ -31,8 +31,9 @@ def make_plan(
 ) -> Plan:
     """Plans where every choice of every rank goes.
 
-    Called by all ranks of the axis with their own ``topk_idx``; each learns the others'
-    (``num_tokens * num_topk`` indices per rank), and the rest follows from these alone.
+    Called by all ranks of the axis with their own ``topk_idx``, from all of which the plan follows.
+    Each rank learns the others', ``num_tokens * num_topk`` indices of each; or, between hosts and
+    if they are many, what these ask of its experts and in which rows it receives them.
 
     Rank ``r`` of ``R`` owns experts ``r * L`` to ``r * L + L - 1`` with ``L = num_experts / R``.
     Kept choices are laid out on the rank of their expert in the order (local expert, source rank,

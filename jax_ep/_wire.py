@@ -7,7 +7,6 @@ the number of its token among those that go to the same peer.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from jaxtyping import Array, Bool, Int32, Num
 
 from jax_ep._call import Call, Operands
 from jax_ep._compat import bound_axes
-from jax_ep._layout import Layout
+from jax_ep._layout import Layout, fullest_of
 from jax_ep._types import DROPPED
 from jax_ep._xla import position_among_equals, swap_slices
 
@@ -27,9 +26,6 @@ ROOM_FACTOR = 1.25
 
 CHANCE_FACTOR = 1.0
 """How much of the excess that chance gives the fullest pair, likewise, there is room for."""
-
-_EXCEEDED = 0.1
-"""How often chance may nevertheless ask for another round."""
 
 FURTHER_ROUNDS = 4
 """By how much smaller rounds are after the first: what they carry is the excess of some pairs."""
@@ -43,27 +39,11 @@ def room_of(layout: Layout, ranks_per_peer: int = 1) -> int:
     num_peers = layout.num_ranks // ranks_per_peer
     chance = layout.chance_to_reach(layout.num_experts // num_peers)
     mean = layout.num_tokens * chance
-    fullest = _fullest(layout.num_tokens, chance, layout.num_ranks * num_peers)
+    fullest = fullest_of(layout.num_tokens, chance, layout.num_ranks * num_peers)
     by_chance = mean + CHANCE_FACTOR * (fullest - mean)
     # A node has many experts: some of them will be popular, and others not.
     wanted = max(by_chance, ROOM_FACTOR * mean if ranks_per_peer == 1 else 0)
     return max(1, min(math.ceil(wanted), layout.num_tokens))
-
-
-@functools.cache
-def _fullest(num_tokens: int, chance: float, num_pairs: int) -> int:
-    """Returns how many tokens the fullest pair hardly ever exceeds, if each has that chance."""
-    if chance in (0, 1):
-        return round(num_tokens * chance)
-    limit, tail = _EXCEEDED / num_pairs, 0.0
-    for number in range(num_tokens, 0, -1):
-        ways = math.lgamma(num_tokens + 1) - math.lgamma(number + 1)
-        ways -= math.lgamma(num_tokens - number + 1)
-        log = ways + number * math.log(chance) + (num_tokens - number) * math.log1p(-chance)
-        tail += math.exp(log)
-        if tail > limit:
-            return number
-    return 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

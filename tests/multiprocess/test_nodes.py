@@ -8,7 +8,7 @@ from implementations import AXIS, require
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
-from jax_ep import _processes
+from jax_ep import _owned_plan, _processes
 from jax_ep.testing import multiprocess, uniform_routing
 
 R, T, K, E, H = 8, 24, 4, 16, 33
@@ -62,6 +62,14 @@ def check_nodes(fabric: str) -> None:
 def test_hosts_of_one_process() -> None:
     require("native")
     _processes._host = lambda: [f"host {jax.process_index()}"]
+    check_nodes("devices")
+
+
+@multiprocess(2, 4, timeout=200)
+def test_plans_that_no_rank_makes_alone() -> None:
+    require("native")
+    _processes._host = lambda: [f"host {jax.process_index()}"]
+    _owned_plan.FROM_CHOICES = 0
     check_nodes("devices")
 
 
