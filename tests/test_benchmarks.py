@@ -172,3 +172,11 @@ def test_processes_are_timed_and_the_bytes_between_hosts_counted():
     # By "xla" the rows of 7 ranks come twice, 4 weights a token, and 4 choices of 2 bytes.
     assert by_xla == 7 * 512 * (2 * 1024 + 4 * 4 + 4 * 2)
     assert 0.5 < in_rounds / by_xla < 0.6
+
+
+@pytest.mark.once
+def test_own_parts_of_plans_are_timed():
+    require("native")
+    _, *records = records_of(run("bench_own_plan.py", "--quick"))
+    assert {record["num_ranks"] for record in records} == {64, 128}
+    assert len({record["from"] for record in records}) == 3
