@@ -63,7 +63,8 @@ class Wire:
       peer: to which peer each choice of this rank's tokens goes, or ``DROPPED``.
       place: the place of each choice, through all rounds.
       is_first: whether it is the first of its token that goes there.
-      fullest: the most tokens that any rank of the group sends to any peer.
+      fullest: the most tokens that any rank of the group sends to any peer, or all there is room
+        for.
       room: how many a rank can send to each in one round.
       start: the place with which these rounds begin.
       num_pieces: in how many pieces rows travel, one or as many as there are peers.
@@ -82,7 +83,10 @@ class Wire:
 
     @classmethod
     def of(cls, call: Call, operands: Operands, ranks_per_peer: int = 1) -> "Wire":
-        """Finds out where this rank's tokens go, and asks how much any has to send to any."""
+        """Finds out where this rank's tokens go, and asks how much any has to send to any.
+
+        Where a round has room for all tokens, nobody needs to ask.
+        """
         layout, plan = call.layout, operands.plan
         assert plan is not None
         num_peers = layout.num_ranks // ranks_per_peer
@@ -95,7 +99,11 @@ class Wire:
         place = position_among_equals(keys.reshape(-1), num_peers + 1).reshape(peer.shape)
         place = jnp.take_along_axis(place, first, axis=1)
         is_alone = math.prod(bound_axes().values()) == layout.num_ranks
-        fullest = jnp.max(jnp.where(is_first, place, 0)) + 1
+        room = room_of(layout, ranks_per_peer)
+        fullest = jnp.full_like(operands.where.rank, room)
+        if room < layout.num_tokens:
+            fullest = jnp.max(jnp.where(is_first, place, 0)) + 1
+            fullest = jax.lax.pmax(fullest, layout.axis_name)
         return cls(
             layout=layout,
             ranks_per_peer=ranks_per_peer,
@@ -103,8 +111,8 @@ class Wire:
             peer=peer,
             place=place,
             is_first=is_first,
-            fullest=jax.lax.pmax(fullest, layout.axis_name),
-            room=room_of(layout, ranks_per_peer),
+            fullest=fullest,
+            room=room,
             start=0,
             num_pieces=num_peers if call.platform == "cpu" and is_alone else 1,
         )

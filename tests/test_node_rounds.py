@@ -69,15 +69,21 @@ def crossing(text: str, per_node: int) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(EMULATED is not None, reason="GPUs send all in one all-to-all")
-def test_what_crosses_between_nodes() -> None:
-    """The slots of other nodes, each once; within a node the ranks read from each other."""
-    x, topk_idx = np.ones((R, T, H), np.float32), routing()
+@pytest.mark.parametrize("num_tokens", [T, 512])
+def test_what_crosses_between_nodes(num_tokens: int) -> None:
+    """The slots of other nodes, each once; within a node the ranks read from each other.
+
+    Where a round has room for all tokens there is no other, and nobody asks how many there are.
+    """
+    x, topk_idx = np.ones((R, num_tokens, H), np.float32), routing(R, num_tokens)
     plan = jax.jit(over_devices(make_plan, R))(topk_idx)
     text = jax.jit(over_devices(jax_ep.dispatch, R)).lower(x, plan).compile().as_text()
     assert text is not None
     assert "jax_ep_gather_rows_devices" in text
     room = _wire.room_of(plan._layout, PER_NODE)
-    further = min(room, _wire.FEW_ROWS)
+    further = 0 if room == num_tokens else max(_wire.FEW_ROWS, -(-room // _wire.FURTHER_ROUNDS))
+    assert (further == 0) == (num_tokens == T)
+    assert len(list(collectives(text, "all-reduce"))) == (further > 0)
     assert crossing(text, PER_NODE) == ((room + further) * H * 4,) * 2
 
 
