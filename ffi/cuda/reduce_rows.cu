@@ -113,7 +113,9 @@ __device__ void MarkEnds(const ReduceRowsArgs& args, Terms& terms) {
   const auto per_node = static_cast<std::int32_t>(args.ranks_per_node);
   const int count = terms.count;
 #pragma unroll 1
-  for (int i = Lane(); i < count; i += kWarpSize) {
+  for (int begin = 0; begin < count; begin += kWarpSize) {
+    const int i = begin + Lane();
+    if (i >= count) break;
     const bool is_last = i + 1 == count;
     const std::int32_t rank = terms.rank[i];
     const std::int32_t next = is_last ? rank : terms.rank[i + 1];
