@@ -1,6 +1,7 @@
 """How the axis of an exchange is bound where a plan is made or used: ranks, groups, devices."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +88,20 @@ def place(layout: Layout) -> Place:
     others = tuple(name for name in manual_axes() if name not in layout.axis_names)
     group = jax.lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
     return Place(rank.astype(jnp.int32), group.astype(jnp.int32))
+
+
+def permute(layout: Layout, x: Array, target: Sequence[int]) -> Array:
+    """Sends what each rank has to the rank that ``target`` has for it.
+
+    ``ppermute`` counts ranks as the mesh orders its axes, however these are named: other
+    collectives count as the names are ordered.
+    """
+    names, sizes = layout.axis_names, bound_axes()
+    ordered = [name for name in sizes if name in names]
+    ranks = np.arange(layout.num_ranks).reshape([sizes[name] for name in names])
+    index = np.argsort(ranks.transpose([names.index(name) for name in ordered]), axis=None)
+    pairs = [(int(index[rank]), int(index[to])) for rank, to in enumerate(target)]
+    return jax.lax.ppermute(x, tuple(ordered), pairs)
 
 
 def devices_by_group(mesh: Any, layout: Layout) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Num
 
+from jax_ep._axes import permute
 from jax_ep._call import Call, Operands
 from jax_ep._compat import bound_axes
 from jax_ep._layout import Layout, fullest_of
@@ -213,12 +214,11 @@ class Wire:
     def _move(self, pieces: Sequence[Array], sign: int) -> list[Array]:
         if len(pieces) == 1:
             return [self._swap(pieces[0])]
-        num_ranks, axis_name = self.layout.num_ranks, self.layout.axis_name
-        moved = list(pieces)
+        num_ranks, moved = self.layout.num_ranks, list(pieces)
         for distance in range(1, self.num_peers):
             by = sign * distance * self.ranks_per_peer
-            pairs = [(r, (r + by) % num_ranks) for r in range(num_ranks)]
-            moved[distance] = jax.lax.ppermute(pieces[distance], axis_name, pairs)
+            target = [(rank + by) % num_ranks for rank in range(num_ranks)]
+            moved[distance] = permute(self.layout, pieces[distance], target)
         return moved
 
     def _swap(self, wire: Num[Array, "num_slots ..."]) -> Num[Array, "num_slots ..."]:

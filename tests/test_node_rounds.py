@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementations import AXIS, EMULATED, over_devices, prefer, require, stacked
@@ -189,3 +192,25 @@ def test_a_bad_plan_on_one_rank_keeps_nobody_waiting() -> None:
         assert np.isfinite(
             np.asarray(jax.jit(over_devices(jax_ep.combine, R))(right, broken))
         ).all()
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")], ids="-".join)
+@pytest.mark.parametrize("per_node", [1, 2])
+def test_tuple_of_all_axes(names: tuple[str, str], per_node: int) -> None:
+    """The first name is the major one: a permutation counts by the order of the mesh."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    x = np.random.default_rng(3).normal(size=(4, T, H)).astype(np.float32)
+
+    def per_rank(x: jax.Array, topk_idx: jax.Array, axis_name: Any) -> jax.Array:
+        plan = jax_ep.make_plan(
+            topk_idx, num_experts=E, axis_name=axis_name, ranks_per_node=per_node
+        )
+        return jax_ep.combine(jnp.tanh(jax_ep.dispatch(x, plan)), plan)
+
+    def block(x: jax.Array, topk_idx: jax.Array) -> jax.Array:
+        return per_rank(x[0], topk_idx[0], names)[None]
+
+    spec = PartitionSpec(names)
+    program = jax.jit(jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=spec))
+    alone = jax.vmap(functools.partial(per_rank, axis_name=AXIS), axis_name=AXIS)
+    np.testing.assert_array_equal(program(x, routing(4)), jax.jit(alone)(x, routing(4)))

@@ -11,7 +11,8 @@ import pytest
 import strategies
 from exchanges import Answers, expected_fields, fields_of, make_plan, same_bits
 from hypothesis import given, settings
-from implementations import EMULATED, Fabric, Row, over_devices, prefer, require
+from implementations import AXIS, EMULATED, Fabric, Row, over_devices, prefer, require
+from jax.sharding import AxisType, PartitionSpec
 from strategies import BASE, CASES, NODES, TIGHT, Case, Shape
 
 from jax_ep import _fabrics, _owned_plan
@@ -101,3 +102,25 @@ def test_exchanges_over_them(row: Row, shape: Shape) -> None:
     result.same_sum("out", result.inputs.rows, result.inputs.weights)
     result.same_sum("dx", result.inputs.drows)
     result.same_rows("drows")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_groups_go_different_ways(kind: AxisType) -> None:
+    """In one of them rows run out, in the other they do not: nobody hangs."""
+    shape = dataclasses.replace(LONG, capacity=600)
+    topk_idx = np.stack([strategies.distinct(shape), strategies.everything_to_one_expert(shape)])
+    mesh = jax.make_mesh((2, 4), ("data", AXIS), axis_types=(kind,) * 2)
+    row = Row("native", Fabric("groups", over_devices, 8), exact=True)
+
+    def block(topk_idx: jax.Array) -> dict[str, jax.Array]:
+        fields = fields_of(make_plan(row, shape, topk_idx[0, 0]))
+        return jax.tree.map(lambda a: a[None, None], fields)
+
+    spec = PartitionSpec("data", AXIS)
+    placed = jax.device_put(topk_idx, jax.NamedSharding(mesh, spec))
+    got = jax.jit(jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=spec))(placed)
+    plans = [shape.plan(each) for each in topk_idx]
+    assert [plan.num_dropped.sum() > 0 for plan in plans] == [False, True]
+    for group, plan in enumerate(plans):
+        for name, array in expected_fields(plan).items():
+            same_bits(np.asarray(got[name])[group], array, name)
