@@ -25,9 +25,10 @@ def combine(
 
     For each destination rank in ascending order a partial sum is taken in float32, by
     ``fma(weight, row, sum)`` in ascending ``k``, and rounded to the dtype of ``rows``. The partial
-    sums are added in float32 in ascending rank order and rounded once more. (float64 rows are
-    summed in float64.) Native code keeps to this to the last bit on every platform; ``"xla"`` may
-    differ in the last place or two.
+    sums are added in float32 in ascending rank order and rounded once more; with the plan's
+    ``ranks_per_node`` above 1 those of each node's ranks are, and then the nodes' sums likewise.
+    (float64 rows are summed in float64.) Native code keeps to this to the last bit on every
+    platform; ``"xla"`` may differ in the last place or two.
 
     Args:
       rows: what the experts wrote. A row that no kept choice names never reaches the result or any

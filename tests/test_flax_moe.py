@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,6 +256,15 @@ def test_errors_of_the_input():
         layer(jnp.ones((3, 15)))
     with pytest.raises(TypeError, match="x must be an array .* of floats; got int32"):
         layer(jnp.ones((3, 16), jnp.int32))
+
+
+def test_without_flax_the_import_says_what_to_install():
+    script = "import sys; sys.modules['flax'] = None; import jax_ep; import jax_ep.flax"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("install it by `pip install 'jax_ep[flax]'`.")
 
 
 def test_errors_of_the_mesh():
