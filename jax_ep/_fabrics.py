@@ -141,14 +141,18 @@ def platform_problem(platform: str | None) -> str | None:
     return native_problem(name) or _mismatch(name)
 
 
+def signatures(platform: Platform) -> dict[str, dict[str, list[str]]]:
+    """Returns what a platform's library should say of its handlers, by their names."""
+    wanted = {f.target(op): f.signature(op) for f in fabrics_for(platform) for op in OPS}
+    wanted[_native_fp8.TARGET] = _native_fp8.SIGNATURE
+    return wanted | (_owned_plan.SIGNATURES if platform == "cpu" else {})
+
+
 @functools.cache
 def _mismatch(platform: Platform) -> str | None:
     """Returns how a library's handlers differ from what calls will pass them, or None."""
     described = describe_handlers(platform)
-    wanted = {f.target(op): f.signature(op) for f in fabrics_for(platform) for op in OPS}
-    wanted[_native_fp8.TARGET] = _native_fp8.SIGNATURE
-    wanted |= _owned_plan.SIGNATURES if platform == "cpu" else {}
-    for target, signature in wanted.items():
+    for target, signature in signatures(platform).items():
         handler = described.get(target, {})
         for part, names in signature.items():
             if handler.get(part) != names:

@@ -17,7 +17,6 @@ from implementations import EMULATED, require
 
 import jax_ep
 from jax_ep import _fabrics, _foreign, _info, _library, _native, _refusals
-from jax_ep._ops import OPS
 
 if EMULATED:
     pytest.skip("devices here are emulated GPUs, which anything runs on", allow_module_level=True)
@@ -56,11 +55,8 @@ class Library:
         return 1
 
     def jax_ep_handlers(self) -> bytes:
-        handlers = {
-            fabric.target(op): {"stages": {}, **fabric.signature(op)}
-            for fabric in _fabrics.fabrics_for("gpu")
-            for op in OPS
-        }
+        signatures = _fabrics.signatures("gpu").items()
+        handlers = {name: {"stages": {}, **signature} for name, signature in signatures}
         return json.dumps(handlers).encode()
 
     def jax_ep_max_topk(self) -> int:

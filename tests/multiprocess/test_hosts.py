@@ -48,7 +48,6 @@ def test_transformations() -> None:
     test_transforms.test_checkpoint(row, test_transforms.inside)
     test_transforms.test_scan_over_layers(row, remat=True)
     test_transforms.test_one_jitted_layer_called_twice(row)
-    test_transforms.test_many_programs_in_flight(row)
 
 
 @multiprocess(3, 2, timeout=100)
