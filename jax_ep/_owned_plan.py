@@ -9,6 +9,7 @@ what a rank does, sends and holds does not grow with the choices of all, but wit
 
 import dataclasses
 import math
+import zlib
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -111,7 +112,7 @@ def plan(call: Call, operands: Operands) -> list[Array]:
         recv_choice=recv_choice,
         recv_row=recv_row,
         group_rows=group_rows,
-        fingerprint=jnp.sum(prints, dtype=jnp.uint32),
+        fingerprint=jnp.sum(prints, dtype=jnp.uint32) ^ _print_of(layout),
     )
     return list(arrays)
 
@@ -233,6 +234,11 @@ def _room_of(layout: Layout) -> int:
     by_chance = fullest_of(choices, 1 / num_ranks, num_ranks**2)
     wanted = max(by_chance, _PAIRS_ROOM * choices / num_ranks)
     return max(1, min(math.ceil(wanted), choices))
+
+
+def _print_of(layout: Layout) -> np.uint32:
+    """Tells plans of the same choices apart that lay them out differently."""
+    return np.uint32(zlib.crc32(repr((layout.capacity, layout.alignment)).encode()))
 
 
 def _before(counts: Array) -> Array:

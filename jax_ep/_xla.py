@@ -225,7 +225,7 @@ def _round_up(sizes: Array, alignment: int) -> Array:
 def _row_of_choice(layout: Layout, plan: PlanArrays) -> Array:
     """Inverts them the other way: this rank's row for each choice [R, T, K], or ``DROPPED``."""
     shape = (layout.num_ranks, layout.num_tokens, layout.num_topk)
-    size = layout.num_ranks * layout.num_tokens * layout.num_topk
+    size = layout.num_choices
     choice = jnp.where(is_received(layout, plan), plan.recv_choice, size)
     row = jnp.full_like(plan.recv_row, DROPPED, shape=size)
     return row.at[choice].set(plan.recv_row, mode="drop").reshape(shape)

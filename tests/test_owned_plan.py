@@ -124,3 +124,17 @@ def test_groups_go_different_ways(kind: AxisType) -> None:
     for group, plan in enumerate(plans):
         for name, array in expected_fields(plan).items():
             same_bits(np.asarray(got[name])[group], array, name)
+
+
+def test_fingerprints_tell_layouts_apart() -> None:
+    """Of the same choices: what is laid out otherwise must not be taken for the same plan."""
+    row = Row("native", Fabric("fingerprints", over_devices, 8), exact=True)
+    prints = set()
+    for changes in ({}, {"capacity": 19}, {"alignment": 1}):
+        shape = dataclasses.replace(TIGHT, **changes)
+
+        def per_rank(topk_idx: jax.Array, shape: Shape = shape) -> jax.Array:
+            return make_plan(row, shape, topk_idx)._arrays.fingerprint
+
+        prints |= {*row.jit(per_rank, shape.num_ranks)(strategies.distinct(shape)).tolist()}
+    assert len(prints) == 3

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/dropped.h"
+#include "cpu/choice_print.h"
 
 namespace jax_ep::cpu {
 namespace {
@@ -36,21 +37,6 @@ void VisitRouted(const OwnChoices& choices, Visit visit) {
   }
 }
 
-std::uint32_t Fingerprint(const OwnChoices& choices) {
-  const std::int64_t count = choices.num_tokens * choices.num_topk;
-  auto position = static_cast<std::uint64_t>(choices.rank * count);
-  std::uint64_t sum = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    // Mixed by itself, as a sum of products would not tell one exchange of neighbours
-    // from another.
-    std::uint64_t mixed = position++ * 0x9e3779b97f4a7c15ULL +
-                          static_cast<std::uint64_t>(choices.topk_idx[i] + 2);
-    mixed = (mixed ^ (mixed >> 32)) * 0xff51afd7ed558ccdULL;
-    sum += mixed ^ (mixed >> 29);
-  }
-  return static_cast<std::uint32_t>((sum * 0xbf58476d1ce4e5b9ULL) >> 32);
-}
-
 }  // namespace
 
 void CountChoices(const OwnChoices& choices, const ChoiceCounts& counts) {
@@ -61,7 +47,11 @@ void CountChoices(const OwnChoices& choices, const ChoiceCounts& counts) {
     ++counts.asked_by_k[rank * choices.num_topk + k];
     if (kept) ++counts.kept[expert];
   });
-  *counts.fingerprint = Fingerprint(choices);
+  const std::int64_t count = choices.num_tokens * choices.num_topk;
+  const std::uint64_t print =
+      PrintOfChoices(choices.topk_idx, count, choices.rank * count);
+  *counts.fingerprint =
+      static_cast<std::uint32_t>((print * 0xbf58476d1ce4e5b9ULL) >> 32);
 }
 
 void PlaceChoices(const OwnChoices& choices, const std::int32_t* first_rows,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dropped.h"
+#include "cpu/choice_print.h"
 #include "cpu/plan_cutoffs.h"
 #include "cpu/plan_placement.h"
 #include "cpu/plan_tables.h"
@@ -91,17 +92,9 @@ void LayOut(const PlanArgs& args, std::int64_t dest, PlanTables& tables) {
 // A number that two calls with different choices or geometry hardly ever share.
 std::uint32_t Fingerprint(const PlanArgs& args) {
   std::uint64_t sum = 0;
-  std::uint64_t position = 0;
   for (std::int64_t s = 0; s < args.num_ranks; ++s) {
-    const std::int32_t* choices = args.ChoicesOf(s);
-    for (std::int64_t i = 0; i < args.choices_per_rank(); ++i) {
-      // Mixed by itself, as a sum of products would not tell one exchange of neighbours
-      // from another.
-      std::uint64_t choice = position++ * 0x9e3779b97f4a7c15ULL +
-                             static_cast<std::uint64_t>(choices[i] + 2);
-      choice = (choice ^ (choice >> 32)) * 0xff51afd7ed558ccdULL;
-      sum += choice ^ (choice >> 29);
-    }
+    sum += PrintOfChoices(args.ChoicesOf(s), args.choices_per_rank(),
+                          s * args.choices_per_rank());
   }
   sum ^= static_cast<std::uint64_t>(args.capacity) * 0xff51afd7ed558ccdULL;
   sum ^= static_cast<std::uint64_t>(args.alignment) * 0xc4ceb9fe1a85ec53ULL;
