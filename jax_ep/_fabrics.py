@@ -29,7 +29,6 @@ from jax_ep._axes import Place
 from jax_ep._call import Call, Operands, all_gather
 from jax_ep._compat import result_type
 from jax_ep._library import describe_handlers, library, native_problem, warn_once
-from jax_ep._local import Local
 from jax_ep._ops import OPS, PLAN, REDUCE_ROWS, REDUCE_SCALED, Op
 from jax_ep._plan import PlanArrays
 from jax_ep._processes import Refusal
@@ -188,10 +187,6 @@ def _add_to_gpus(call: Call, operands: Operands, *, in_windows: bool) -> Additio
     return Additions(gathered, [] if in_windows else partials, [members, np.int64(use)])
 
 
-def _add_members(call: Call, _: Operands) -> Additions:
-    return Additions(attributes=[_processes.members(call.devices)])
-
-
 def _add_agreement(call: Call, operands: Operands) -> Additions:
     members = _processes.members(call.devices)
     kind = _processes.kind(call, operands)
@@ -219,7 +214,8 @@ def _carry_in_rounds(fabric: Fabric, call: Call, operands: Operands) -> list[jax
         chosen = choose(call.within_nodes(), join=True, among=others)
         if not isinstance(chosen, Refusal):
             within_nodes = functools.partial(chosen.carry, chosen)
-    return _rounds.run(Local(fabric, call, operands.where), call, operands, within_nodes)
+    local = _local.Local(fabric, call, operands.where)
+    return _rounds.run(local, call, operands, within_nodes)
 
 
 _Rounds = functools.partial(
@@ -245,7 +241,7 @@ FABRICS: tuple[Fabric, ...] = (
         platform="cpu",
         serves="ranks on the CPU devices of one process",
         refuses=_refusals.several_processes,
-        adds=_add_members,
+        adds=lambda call, _: Additions(attributes=[_processes.members(call.devices)]),
         attributes=lambda _: ("members",),
     ),
     Fabric(
