@@ -2,6 +2,9 @@
 
 from jax_ep import routing as routing
 from jax_ep import wire as wire
+from jax_ep._balance import Balance as Balance
+from jax_ep._balance import balance as balance
+from jax_ep._balance import with_copies as with_copies
 from jax_ep._combine import combine as combine
 from jax_ep._dispatch import dispatch as dispatch
 from jax_ep._grouped_matmul import grouped_matmul as grouped_matmul

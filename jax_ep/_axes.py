@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from jax_ep._checks import check_positive
 from jax_ep._compat import bound_axes, manual_axes
 from jax_ep._layout import Layout
 from jax_ep._plan import Plan, check_arrays
@@ -53,6 +54,28 @@ def resolve_axis(axis_name: AxisName) -> tuple[Binding, int]:
             "which are mesh axes."
         )
     return "vmap", num_ranks
+
+
+def resolve_ranks(
+    axis_name: AxisName, num_experts: int, ranks_per_node: int
+) -> tuple[Binding, int]:
+    """Finds out how ``axis_name`` is bound here, and to how many ranks of experts.
+
+    Raises:
+      TypeError: it is neither a name nor a tuple of names nor None, or a count is not an int.
+      ValueError: it is not bound, or names a mix of axes; a count is not positive; or experts or
+        nodes are not made of whole ranks.
+    """
+    check_positive("num_experts", num_experts)
+    check_positive("ranks_per_node", ranks_per_node)
+    binding, num_ranks = resolve_axis(axis_name)
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts must be a multiple of the {num_ranks} ranks; got {num_experts}."
+        )
+    if num_ranks % ranks_per_node:
+        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+    return binding, num_ranks
 
 
 def check_use(plan: Plan) -> Binding:

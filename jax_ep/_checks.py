@@ -16,10 +16,20 @@ def check_positive(name: str, value: int) -> None:
       TypeError: ``value`` is not an int.
       ValueError: ``value`` is below 1.
     """
+    check_count(name, value, 1)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Checks that a static count is an integer, and not too small.
+
+    Raises:
+      TypeError: ``value`` is not an int.
+      ValueError: ``value`` is below ``least``.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")
 
 
 def check_seconds(name: str, value: object, least: float) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jax_ep import _native
-from jax_ep._axes import place, resolve_axis
+from jax_ep._axes import place, resolve_ranks
 from jax_ep._checks import check_array, check_dtype, check_one_of, check_positive
 from jax_ep._compat import vary_together
 from jax_ep._exchange import exchange_plan
@@ -85,13 +85,9 @@ def make_plan(
     """
     check_array("topk_idx", topk_idx, "num_tokens, num_topk")
     check_dtype("topk_idx", topk_idx, jnp.int32)
-    counts = {"num_experts": num_experts, "alignment": alignment, "ranks_per_node": ranks_per_node}
-    for name, count in counts.items():
-        check_positive(name, count)
+    check_positive("alignment", alignment)
     check_one_of("tail", tail, ("zero", "uninitialized"))
-    binding, num_ranks = resolve_axis(axis_name)
-    if num_ranks % ranks_per_node:
-        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+    binding, num_ranks = resolve_ranks(axis_name, num_experts, ranks_per_node)
     layout = Layout(
         num_ranks=num_ranks,
         num_experts=num_experts,
@@ -120,10 +116,6 @@ def make_plan(
 def _resolve_capacity(
     shape: tuple[int, ...], num_experts: int, num_ranks: int, capacity: int | None, alignment: int
 ) -> int:
-    if num_experts % num_ranks:
-        raise ValueError(
-            f"num_experts must be a multiple of the {num_ranks} ranks; got {num_experts}."
-        )
     num_tokens, num_topk = shape
     if capacity is None:
         capacity = lossless_capacity(num_tokens, num_topk, num_experts, num_ranks, alignment)

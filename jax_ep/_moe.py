@@ -5,7 +5,8 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ep import wire
+from jax_ep import _balance, wire
+from jax_ep._balance import Balance, with_copies
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._combine import combine
 from jax_ep._dispatch import dispatch
@@ -28,6 +29,7 @@ def moe(
     capacity: int | None = None,
     alignment: int = 1,
     ranks_per_node: int = 1,
+    balance: Balance | None = None,
     wire_dtype: jax.typing.DTypeLike | None = None,
     wire_cotangents: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
@@ -52,6 +54,10 @@ def moe(
       capacity: rows of this rank's receive buffer, as for ``make_plan``; None drops nothing.
       alignment: each expert's group starts at a multiple of this many rows.
       ranks_per_node: how many ranks are on a node, as for ``make_plan``.
+      balance: has ranks borrow busy experts, so that all have as much to do: ``jax_ep.Balance()``
+        or one with other options, see ``balance``. The results are those without it, to rounding,
+        and with ``capacity=num_tokens * num_topk`` there is room for all that it spread evenly.
+        None leaves each choice with the expert's owner.
       wire_dtype: what tokens cross as, ``"float8_e4m3fn"`` or ``"float8_e5m2"``: see
         ``wire.dispatch``; None for the dtype of ``x``.
       wire_cotangents: likewise for the cotangents of the result: see ``wire.combine``.
@@ -59,12 +65,14 @@ def moe(
 
     Returns:
       The tokens' outputs in the dtype of ``x``, zero for a token with no kept choice, and the plan,
-      for ``load_metrics``. Products are summed in float32.
+      for ``load_metrics``. Products are summed in float32. With ``balance`` the plan is one of
+      slots: ``routing.count_choices`` counts what was asked of experts.
 
     Raises:
-      TypeError: an argument is no array or has another dtype than asked for, or a count is no int.
-      ValueError: shapes do not fit one another, ``make_plan`` refuses its arguments, or one of
-        ``wire_dtype`` and ``wire_cotangents`` is out of range.
+      TypeError: an argument is no array or has another dtype than asked for, a count is no int, or
+        ``balance`` is no ``Balance``.
+      ValueError: shapes do not fit one another, ``make_plan`` or ``balance`` refuses its arguments,
+        or one of ``wire_dtype`` and ``wire_cotangents`` is out of range.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
@@ -77,6 +85,21 @@ def moe(
     """
     check_array("x", x, "num_tokens, hidden")
     check_array("w_gate", w_gate, "num_local_experts, hidden, ffn_hidden")
+    weights = (w_gate, w_up, w_down)
+    if balance is not None and not isinstance(balance, Balance):
+        raise TypeError(f"balance must be a jax_ep.Balance or None; got {balance!r}.")
+    if balance is not None:
+        topk_idx, copies = _balance.balance(
+            topk_idx,
+            num_experts=num_experts,
+            axis_name=axis_name,
+            ranks_per_node=ranks_per_node,
+            implementation=implementation,
+            **balance._asdict(),
+        )
+        _check_weights(x, weights, copies.num_tokens)
+        weights = with_copies(weights, copies)
+        num_experts += copies.num_experts
     plan = make_plan(
         topk_idx,
         num_experts=num_experts,
@@ -88,17 +111,22 @@ def moe(
         ranks_per_node=ranks_per_node,
         implementation=implementation,
     )
-    _check_weights(x, (w_gate, w_up, w_down), plan.num_local_experts)
+    _check_weights(x, weights, plan.num_local_experts)
     send, receive = dispatch, combine
     if wire_dtype is not None:
         send = partial(wire.dispatch, dtype=wire_dtype)
     if wire_cotangents is not None:
         receive = partial(wire.combine, cotangents=wire_cotangents)
-    rows = send(x, plan)
+    rows = _experts(send(x, plan), weights, plan)
+    return receive(rows, plan, topk_weights), plan
+
+
+def _experts(rows: jax.Array, weights: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
+    """Applies each group's SwiGLU expert to its rows."""
+    w_gate, w_up, w_down = weights
     gate = grouped_matmul(rows, w_gate, plan.group_sizes)
     up = grouped_matmul(rows, w_up, plan.group_sizes)
-    rows = grouped_matmul(jax.nn.silu(gate) * up, w_down, plan.group_sizes)
-    return receive(rows, plan, topk_weights), plan
+    return grouped_matmul(jax.nn.silu(gate) * up, w_down, plan.group_sizes)
 
 
 def _check_weights(

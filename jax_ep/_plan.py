@@ -135,14 +135,14 @@ class Plan:
         return self._layout.implementation
 
 
-def check_plan(plan: Plan) -> None:
-    """Checks that what was given as a plan is one.
+def check_plan(plan: Plan, name: str = "plan") -> None:
+    """Checks that what was given as a plan, by some name, is one.
 
     Raises:
       TypeError: it is something else.
     """
     if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a jax_ep.Plan; got {type(plan).__name__}.")
+        raise TypeError(f"{name} must be a jax_ep.Plan; got {type(plan).__name__}.")
 
 
 def check_arrays(plan: Plan) -> None:

@@ -211,6 +211,29 @@ def router_z_loss(
     return total / jnp.maximum(_sum_over(jnp.sum(where, dtype=jnp.float32), axis_name), 1.0)
 
 
+def count_choices(
+    topk_idx: Int32[Array, "num_tokens num_topk"], num_experts: int, *, axis_name: AxisName = None
+) -> Int32[Array, "num_experts"]:
+    """Counts how often each expert was chosen: ``expert_load`` where a plan is one of slots.
+
+    Args:
+      topk_idx: what the router chose. What is not in range does not count.
+      num_experts: experts on all ranks together.
+      axis_name: add up the tokens of all ranks along this axis or these axes.
+
+    Returns:
+      Choices of each expert.
+
+    Raises:
+      TypeError: ``topk_idx`` is no array.
+      ValueError: ``topk_idx`` is not ``[num_tokens, num_topk]``.
+    """
+    check_array("topk_idx", topk_idx, "num_tokens, num_topk")
+    experts = jnp.where(topk_idx < 0, num_experts, topk_idx).ravel()  # -1 would be the last one
+    counts = jnp.zeros_like(experts, shape=num_experts).at[experts].add(1, mode="drop")
+    return _sum_over(counts, axis_name)
+
+
 def update_router_bias(
     bias: Float[Array, "num_experts"], expert_load: Num[Array, "num_experts"], rate: float
 ) -> Float[Array, "num_experts"]:

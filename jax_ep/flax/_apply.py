@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Num
 
 from jax_ep import routing
+from jax_ep._balance import Balance
 from jax_ep._fp8 import encoded_bytes
 from jax_ep._layout import suggest_capacity
 from jax_ep._metrics import load_metrics, max_over_mean, rank_load
@@ -113,6 +114,7 @@ def _shard(
         axis_name=config.expert_axes if axes and config.expert_axes else None,
         capacity=_capacity(config, axes, x.shape[0]),
         ranks_per_node=config.ranks_per_node if axes else 1,
+        balance=Balance(config.num_spares, config.slack) if _is_balanced(config, axes) else None,
         wire_dtype=config.wire_dtype,
         wire_cotangents=config.wire_cotangents,
         implementation=config.implementation,
@@ -121,8 +123,13 @@ def _shard(
     return out, {
         "load_balance_loss": routing.load_balance_loss(probs, topk_idx, axis_name=over),
         "router_z_loss": routing.router_z_loss(logits, where=is_token, axis_name=over),
-        **_global_metrics(config, axes, plan, dtype),
+        **_global_metrics(config, axes, plan, topk_idx, dtype),
     }
+
+
+def _is_balanced(config: Config, axes: tuple[str, ...]) -> bool:
+    """Tells whether experts are lent: where there is one rank, nobody could borrow any."""
+    return config.num_spares > 0 and bool(axes) and bool(config.expert_axes)
 
 
 def _route(
@@ -146,12 +153,19 @@ def _capacity(config: Config, axes: tuple[str, ...], num_tokens: int) -> int | N
 
 
 def _global_metrics(
-    config: Config, axes: tuple[str, ...], plan: Plan, dtype: jax.typing.DTypeLike
+    config: Config,
+    axes: tuple[str, ...],
+    plan: Plan,
+    topk_idx: jax.Array,
+    dtype: jax.typing.DTypeLike,
 ) -> Aux:
     """Brings ``load_metrics`` of all shards together."""
     # The load counts all ranks of the expert axis already.
     others = tuple(name for name in axes if name not in config.expert_axes)
-    expert_load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
+    load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
+    expert_load = load
+    if plan.num_experts != config.num_experts:  # A plan of slots, which are not experts.
+        expert_load = routing.count_choices(topk_idx, config.num_experts, axis_name=axes)
     width, element = config.hidden, dtype
     if config.wire_dtype is not None:
         width, element = encoded_bytes(config.hidden), jnp.uint8
@@ -163,7 +177,7 @@ def _global_metrics(
     return {
         "expert_load": expert_load,
         "expert_load_max_over_mean": max_over_mean(expert_load),
-        "rank_load_max_over_mean": max_over_mean(rank_load(expert_load, plan.num_ranks)),
+        "rank_load_max_over_mean": max_over_mean(rank_load(load, plan.num_ranks)),
         "dropped_fraction": totals.pop("dropped").astype(jnp.float32) / num_choices,
         **totals,
     }

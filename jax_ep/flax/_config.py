@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jax_ep._checks import check_one_of, check_positive
+from jax_ep._balance import check_slack
+from jax_ep._checks import check_count, check_one_of, check_positive
 from jax_ep._fp8 import DTYPES
 from jax_ep._types import AxisName, Implementation
 
@@ -27,6 +28,8 @@ class Config:
     capacity_factor: float | None
     axis_name: AxisName
     ranks_per_node: int
+    num_spares: int
+    slack: float
     implementation: Implementation | None
     dtype: jnp.dtype | None
     wire_dtype: str | None
@@ -37,7 +40,8 @@ class Config:
 
         Raises:
           TypeError: a size is not an int.
-          ValueError: a size, ``num_topk``, ``capacity_factor`` or an option is out of range.
+          ValueError: a size, ``num_topk``, ``slack``, ``capacity_factor`` or an option is out of
+            range.
         """
         for name in ("hidden", "ffn_hidden", "num_experts", "num_topk", "ranks_per_node"):
             check_positive(name, getattr(self, name))
@@ -45,6 +49,8 @@ class Config:
             raise ValueError(
                 f"num_topk must be at most num_experts = {self.num_experts}; got {self.num_topk}."
             )
+        check_count("num_spares", self.num_spares, 0)
+        check_slack(self.slack)
         check_one_of("router", self.router, ("softmax", "sigmoid"))
         check_one_of("implementation", self.implementation, (None, "xla", "native"))
         for name in ("wire_dtype", "wire_cotangents"):

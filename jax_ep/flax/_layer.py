@@ -37,9 +37,9 @@ class MoE(nnx.Module):
 
     * ``load_balance_loss`` and ``router_z_loss``, to be scaled and added to the loss;
     * ``expert_load`` int32 [num_experts], what ``routing.update_router_bias`` takes;
-    * the scalars of ``load_metrics``: ratios of that load, and sums over devices for
-      ``recv_rows``, ``logical_bytes``, ``wire_bytes`` and ``node_wire_bytes``: those of
-      ``dispatch``.
+    * the scalars of ``load_metrics``: ratios of that load, but for ranks of what they have once
+      experts are lent; and sums over devices for ``recv_rows``, ``logical_bytes``, ``wire_bytes``
+      and ``node_wire_bytes``: those of ``dispatch``.
 
     ``apply_with_aux`` returns them with the output instead, for Linen and plain functions.
 
@@ -73,6 +73,8 @@ class MoE(nnx.Module):
         capacity_factor: float | None = None,
         axis_name: AxisName = "expert",
         ranks_per_node: int = 1,
+        num_spares: int = 0,
+        slack: float = 0.0,
         implementation: Implementation | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         wire_dtype: jax.typing.DTypeLike | None = None,
@@ -96,6 +98,10 @@ class MoE(nnx.Module):
             all devices, each of which then serves its own tokens.
           ranks_per_node: how many devices along ``axis_name`` are on a node, as for ``make_plan``;
             without a mesh there is one rank and one node.
+          num_spares: how many busy experts each device along ``axis_name`` can borrow for a step,
+            so that all have as much to do: see ``jax_ep.balance``. 2 do, as a rule, and with
+            ``capacity_factor=1`` nothing is dropped then. With 0 experts stay where they are.
+          slack: how much more than its share a device may have before experts are lent.
           implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
           dtype: what the experts compute in, and the dtype of the result; None for that of ``x``.
             The router computes in float32.
@@ -120,6 +126,8 @@ class MoE(nnx.Module):
             capacity_factor=capacity_factor,
             axis_name=axis_name,
             ranks_per_node=ranks_per_node,
+            num_spares=num_spares,
+            slack=slack,
             implementation=implementation,
             dtype=None if dtype is None else jnp.dtype(dtype),
             wire_dtype=None if wire_dtype is None else jnp.dtype(wire_dtype).name,
