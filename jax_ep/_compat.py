@@ -1,11 +1,12 @@
 """Everything that differs between JAX versions or is not in JAX's public API."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import core, dispatch, distributed
+from jax._src import compute_on, core, dispatch, distributed
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad
 
@@ -107,3 +108,8 @@ def result_type(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Any) 
     whole = jax.sharding.PartitionSpec(*(None,) * len(shape))
     sharding = jax.sharding.NamedSharding(kind.sharding.mesh, whole)
     return kind.update(shape=shape, dtype=jax.numpy.dtype(dtype), sharding=sharding)
+
+
+def beside_compute() -> AbstractContextManager[Any]:
+    """Has what is traced within go on the stream of collectives, on GPUs; elsewhere it is none."""
+    return compute_on.extend_compute_type("gpu_stream:collective")

@@ -76,10 +76,11 @@ def lend(
 ) -> Loans:
     """Has ranks with too many rows lend experts to ranks of their node that have room.
 
-    Again and again the rank that is furthest over its limit lends its largest expert to the one
-    with the most room, which takes as much as it has room for. It need not be what the lender has
-    too much: if that falls below its own limit, it has room for others' rows in turn. So whoever
-    takes is full, unless the expert was too small, and ``R - 1`` loans do if it never is.
+    Again and again the rank with the most room borrows the largest expert of a rank with too many
+    rows, and takes as much of it as it has room for: of the fullest whose expert fills it, or if
+    none does, of the one whose expert is the largest. It takes no less if the lender has less than
+    that too much: the lender then has room in turn. So whoever borrows an expert that is large
+    enough is done, and if all are, every rank borrows once.
 
     Args:
       expert_load: choices of each expert, by all ranks together.
@@ -113,12 +114,16 @@ def _lend_in_node(
 
     def step(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, has, num_used, expert, rows = state
-        lender = jnp.argmax(has - most)
-        room = jnp.where(num_used < num_spares, most - has, 0)
+        over, largest = has - most, jnp.max(left, axis=1)
+        room = jnp.where(num_used < num_spares, -over, 0)
         taker = jnp.argmax(room)
+        fills = (over > 0) & (largest >= room[taker])
+        most_over = jnp.argmax(jnp.where(fills, over, 0))
+        lender = jnp.argmax(jnp.where(over > 0, largest, 0))
+        lender = jnp.where(jnp.any(fills), most_over, lender)
         which = jnp.argmax(left[lender])
         taken = jnp.minimum(left[lender, which], room[taker])
-        taken = jnp.where(has[lender] > most[lender], jnp.maximum(taken, 0), 0)
+        taken = jnp.where(over[lender] > 0, jnp.maximum(taken, 0), 0)
         slot = taker, jnp.minimum(num_used[taker], num_spares - 1)
         lent = (lender * num_local_experts + which).astype(jnp.int32)
         return (

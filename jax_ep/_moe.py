@@ -1,14 +1,25 @@
 """``moe``: dispatch, SwiGLU experts and combine in one call, per shard."""
 
+import contextlib
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep import _balance, wire
 from jax_ep._balance import Balance, with_copies
-from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._checks import (
+    check_array,
+    check_dtype,
+    check_leading_axis,
+    check_positive,
+    check_shape,
+)
 from jax_ep._combine import combine
+from jax_ep._compat import beside_compute
 from jax_ep._dispatch import dispatch
 from jax_ep._grouped_matmul import grouped_matmul
 from jax_ep._make_plan import make_plan
@@ -30,6 +41,8 @@ def moe(
     alignment: int = 1,
     ranks_per_node: int = 1,
     balance: Balance | None = None,
+    chunks: int = 1,
+    unroll_chunks: bool = False,
     wire_dtype: jax.typing.DTypeLike | None = None,
     wire_cotangents: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
@@ -51,13 +64,20 @@ def moe(
       w_down: likewise.
       num_experts: experts on all ranks together.
       axis_name: the axis the ranks lie along, as for ``make_plan``; None for one rank.
-      capacity: rows of this rank's receive buffer, as for ``make_plan``; None drops nothing.
+      capacity: rows of this rank's receive buffer, as for ``make_plan``, if there are several
+        chunks for each of them; None drops nothing.
       alignment: each expert's group starts at a multiple of this many rows.
       ranks_per_node: how many ranks are on a node, as for ``make_plan``.
       balance: has ranks borrow busy experts, so that all have as much to do: ``jax_ep.Balance()``
         or one with other options, see ``balance``. The results are those without it, to rounding,
         and with ``capacity=num_tokens * num_topk`` there is room for all that it spread evenly.
         None leaves each choice with the expert's owner.
+      chunks: into how many equal parts to cut the tokens, which then go one after the other: for
+        less memory, as buffers are those of one part and a gradient computes each part again.
+        Where nothing is dropped the result is the same, bit for bit.
+      unroll_chunks: do without a loop over chunks, and keep what gradients need: for time, as a
+        part's exchange and another's experts do not depend on each other. On GPUs exchanges are
+        put on the stream of collectives, beside which XLA computes; on CPUs nothing is gained.
       wire_dtype: what tokens cross as, ``"float8_e4m3fn"`` or ``"float8_e5m2"``: see
         ``wire.dispatch``; None for the dtype of ``x``.
       wire_cotangents: likewise for the cotangents of the result: see ``wire.combine``.
@@ -66,13 +86,15 @@ def moe(
     Returns:
       The tokens' outputs in the dtype of ``x``, zero for a token with no kept choice, and the plan,
       for ``load_metrics``. Products are summed in float32. With ``balance`` the plan is one of
-      slots: ``routing.count_choices`` counts what was asked of experts.
+      slots: ``routing.count_choices`` counts what was asked of experts. With several chunks
+      the plan's arrays have a leading axis of chunks: ``jax.vmap`` goes through it.
 
     Raises:
       TypeError: an argument is no array or has another dtype than asked for, a count is no int, or
         ``balance`` is no ``Balance``.
       ValueError: shapes do not fit one another, ``make_plan`` or ``balance`` refuses its arguments,
-        or one of ``wire_dtype`` and ``wire_cotangents`` is out of range.
+        one of ``wire_dtype`` and ``wire_cotangents`` is out of range, or ``chunks`` does not divide
+        ``num_tokens``.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
@@ -100,25 +122,55 @@ def moe(
         _check_weights(x, weights, copies.num_tokens)
         weights = with_copies(weights, copies)
         num_experts += copies.num_experts
-    plan = make_plan(
-        topk_idx,
-        num_experts=num_experts,
-        axis_name=axis_name,
-        capacity=capacity,
-        alignment=alignment,
-        # grouped_matmul never reads past the groups.
-        tail="uninitialized",
-        ranks_per_node=ranks_per_node,
-        implementation=implementation,
-    )
-    _check_weights(x, weights, plan.num_local_experts)
     send, receive = dispatch, combine
     if wire_dtype is not None:
         send = partial(wire.dispatch, dtype=wire_dtype)
     if wire_cotangents is not None:
         receive = partial(wire.combine, cotangents=wire_cotangents)
-    rows = _experts(send(x, plan), weights, plan)
-    return receive(rows, plan, topk_weights), plan
+
+    def apply(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> tuple[Any, Plan]:
+        plan = make_plan(
+            topk_idx,
+            num_experts=num_experts,
+            axis_name=axis_name,
+            capacity=capacity,
+            alignment=alignment,
+            # grouped_matmul never reads past the groups.
+            tail="uninitialized",
+            ranks_per_node=ranks_per_node,
+            implementation=implementation,
+        )
+        _check_weights(x, weights, plan.num_local_experts)
+        with stream():
+            rows = send(x, plan)
+        rows = _experts(rows, weights, plan)
+        with stream():
+            return receive(rows, plan, topk_weights), plan
+
+    stream = beside_compute if unroll_chunks and chunks > 1 else contextlib.nullcontext
+    return _in_chunks(apply, chunks, unroll_chunks, (x, topk_idx, topk_weights))
+
+
+def _in_chunks(
+    apply: Callable[..., tuple[Any, Plan]], chunks: int, unroll: bool, tokens: tuple[Any, ...]
+) -> tuple[Any, Plan]:
+    """Applies a layer to all tokens at once, or to one chunk of them after the other."""
+    check_positive("chunks", chunks)
+    if chunks == 1:
+        return apply(*tokens)
+    num_tokens = len(tokens[0])
+    for name, array in zip(("x", "topk_idx", "topk_weights"), tokens, strict=True):
+        check_leading_axis(name, array, num_tokens, "num_tokens")
+    if num_tokens % chunks:
+        raise ValueError(f"chunks must divide the {num_tokens} tokens of x; got {chunks}.")
+    cut = [jnp.reshape(a, (chunks, num_tokens // chunks, *a.shape[1:])) for a in tokens]
+    if unroll:
+        done = [apply(*(a[i] for a in cut)) for i in range(chunks)]
+        out, plan = jax.tree.map(lambda *parts: jnp.stack(parts), *done)
+    else:
+        # Without a checkpoint a gradient's loop would keep what all parts computed.
+        out, plan = jax.lax.map(lambda part: jax.checkpoint(apply)(*part), tuple(cut))
+    return out.reshape(num_tokens, *out.shape[2:]), plan
 
 
 def _experts(rows: jax.Array, weights: tuple[jax.Array, ...], plan: Plan) -> jax.Array:

@@ -37,11 +37,19 @@ def lend(load, most, num_ranks, num_spares):
     while True:
         over = [has(r) - most[r] for r in range(num_ranks)]
         room = [-over[r] if len(borrowed[r]) < num_spares else 0 for r in range(num_ranks)]
-        lender, taker = over.index(max(over)), room.index(max(room))
-        if over[lender] <= 0 or room[taker] <= 0:
+        taker = room.index(max(room))
+        lenders = [r for r in range(num_ranks) if over[r] > 0]
+        if not lenders or room[taker] <= 0:
             return rows, borrowed
-        own = [rows[e, lender] for e in range(len(load)) if owner[e] == lender]
-        expert = lender * num_local + own.index(max(own))
+        largest = {
+            r: max(range(num_local), key=lambda e: rows[r * num_local + e, r]) for r in lenders
+        }
+        size = {r: rows[r * num_local + largest[r], r] for r in lenders}
+        filling = [r for r in lenders if size[r] >= room[taker]]
+        lender = (
+            max(filling, key=lambda r: over[r]) if filling else max(lenders, key=lambda r: size[r])
+        )
+        expert = lender * num_local + largest[lender]
         taken = min(rows[expert, lender], room[taker])
         rows[expert, lender] -= taken
         rows[expert, taker] = taken

@@ -29,7 +29,7 @@ class Library:
 
     @staticmethod
     def jax_ep_plan_workspace(*geometry: int) -> int:
-        assert geometry in {(4, T, K, E), (1, T, K, E), (8, T, K, E)}
+        assert geometry in {(4, T, K, E), (4, T // 2, K, E), (1, T, K, E), (8, T, K, E)}
         return WORKSPACE
 
 
@@ -100,6 +100,20 @@ def test_backward() -> None:
     assert found.count("jax_ep_reduce_scaled_stacked") == 1
     assert found.count("jax_ep_reduce_rows_stacked") == 1
     assert found.count("jax_ep_row_dots_stacked") == 1
+
+
+def test_chunks_side_by_side_exchange_on_the_stream_of_collectives() -> None:
+    """There XLA lets them go beside what it computes; plans are waited for at once."""
+
+    def rank(x, topk_idx, weights):
+        w = jnp.ones((2, H, H))
+        options = {"num_experts": E, "axis_name": AXIS, "capacity": C}
+        return jax_ep.moe(x, topk_idx, weights, w, w, w, chunks=2, unroll_chunks=True, **options)[0]
+
+    found = calls(lambda *ranks: jax.vmap(rank, axis_name=AXIS)(*ranks), *operands(4))
+    on_stream = ['_xla_stream_annotation = "collective"' in line for line in found]
+    once = [*zip(FORWARD, (False, True, True), strict=True)]
+    assert sorted(zip(names(found), on_stream, strict=True)) == sorted(2 * once)
 
 
 def test_tokens_are_encoded_by_one_call_for_all_ranks() -> None:

@@ -79,8 +79,9 @@ def _over_mesh(
         is_token = token_mask.reshape(-1)
         # What is no token may hold anything, even NaN, and would reach the router's gradient.
         tokens = jnp.where(is_token[:, None], tokens, jnp.zeros((), tokens.dtype))
-    num_tokens, num_shards = tokens.shape[0], math.prod(mesh.shape[name] for name in axes)
-    num_padding = max(1, -(-num_tokens // num_shards)) * num_shards - num_tokens
+    num_tokens, num_parts = tokens.shape[0], math.prod(mesh.shape[name] for name in axes)
+    num_parts *= config.chunks
+    num_padding = max(1, -(-num_tokens // num_parts)) * num_parts - num_tokens
     tokens = jnp.pad(tokens, ((0, num_padding), (0, 0)))
     is_token = jnp.pad(is_token, (0, num_padding))
     shard = partial(_shard, config, axes)
@@ -112,9 +113,11 @@ def _shard(
         *(matrices.astype(dtype) for matrices in experts),
         num_experts=config.num_experts,
         axis_name=config.expert_axes if axes and config.expert_axes else None,
-        capacity=_capacity(config, axes, x.shape[0]),
+        capacity=_capacity(config, axes, x.shape[0] // config.chunks),
         ranks_per_node=config.ranks_per_node if axes else 1,
         balance=Balance(config.num_spares, config.slack) if _is_balanced(config, axes) else None,
+        chunks=config.chunks,
+        unroll_chunks=config.unroll_chunks,
         wire_dtype=config.wire_dtype,
         wire_cotangents=config.wire_cotangents,
         implementation=config.implementation,
@@ -160,19 +163,25 @@ def _global_metrics(
     dtype: jax.typing.DTypeLike,
 ) -> Aux:
     """Brings ``load_metrics`` of all shards together."""
-    # The load counts all ranks of the expert axis already.
-    others = tuple(name for name in axes if name not in config.expert_axes)
-    load = jax.lax.psum(plan.expert_load, others) if others else plan.expert_load
-    expert_load = load
-    if plan.num_experts != config.num_experts:  # A plan of slots, which are not experts.
-        expert_load = routing.count_choices(topk_idx, config.num_experts, axis_name=axes)
     width, element = config.hidden, dtype
     if config.wire_dtype is not None:
         width, element = encoded_bytes(config.hidden), jnp.uint8
-    local = load_metrics(plan, hidden=width, dtype=element)
     summed = ("recv_rows", "logical_bytes", "wire_bytes", "node_wire_bytes")
-    totals = {name: local[name] for name in summed} | {"dropped": plan.num_dropped}
+
+    def sums(plan: Plan) -> Aux:
+        local = load_metrics(plan, hidden=width, dtype=element)
+        of_plan = {"load": plan.expert_load, "dropped": plan.num_dropped}
+        return {name: local[name] for name in summed} | of_plan
+
+    totals = sums(plan) if config.chunks == 1 else _sum_first(jax.vmap(sums)(plan))
+    load = totals.pop("load")
     totals = jax.lax.psum(totals, axes) if axes else totals
+    # The load counts all ranks of the expert axis already.
+    others = tuple(name for name in axes if name not in config.expert_axes)
+    load = jax.lax.psum(load, others) if others else load
+    expert_load = load
+    if plan.num_experts != config.num_experts:  # A plan of slots, which are not experts.
+        expert_load = routing.count_choices(topk_idx, config.num_experts, axis_name=axes)
     num_choices = jnp.maximum(jnp.sum(expert_load), 1).astype(jnp.float32)
     return {
         "expert_load": expert_load,
@@ -181,3 +190,8 @@ def _global_metrics(
         "dropped_fraction": totals.pop("dropped").astype(jnp.float32) / num_choices,
         **totals,
     }
+
+
+def _sum_first(sums: Aux) -> Aux:
+    """Adds up along the first axis, in the dtypes there are."""
+    return {name: jnp.sum(value, axis=0, dtype=value.dtype) for name, value in sums.items()}

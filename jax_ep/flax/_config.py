@@ -30,6 +30,8 @@ class Config:
     ranks_per_node: int
     num_spares: int
     slack: float
+    chunks: int
+    unroll_chunks: bool
     implementation: Implementation | None
     dtype: jnp.dtype | None
     wire_dtype: str | None
@@ -43,7 +45,7 @@ class Config:
           ValueError: a size, ``num_topk``, ``slack``, ``capacity_factor`` or an option is out of
             range.
         """
-        for name in ("hidden", "ffn_hidden", "num_experts", "num_topk", "ranks_per_node"):
+        for name in ("hidden", "ffn_hidden", "num_experts", "num_topk", "ranks_per_node", "chunks"):
             check_positive(name, getattr(self, name))
         if self.num_topk > self.num_experts:
             raise ValueError(

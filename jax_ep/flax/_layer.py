@@ -75,6 +75,8 @@ class MoE(nnx.Module):
         ranks_per_node: int = 1,
         num_spares: int = 0,
         slack: float = 0.0,
+        chunks: int = 1,
+        unroll_chunks: bool = False,
         implementation: Implementation | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         wire_dtype: jax.typing.DTypeLike | None = None,
@@ -102,6 +104,9 @@ class MoE(nnx.Module):
             so that all have as much to do: see ``jax_ep.balance``. 2 do, as a rule, and with
             ``capacity_factor=1`` nothing is dropped then. With 0 experts stay where they are.
           slack: how much more than its share a device may have before experts are lent.
+          chunks: into how many parts a device cuts its tokens, which then go one after the other,
+            with buffers for one of them: see ``jax_ep.moe``.
+          unroll_chunks: whether the parts may go beside each other, for time and not for memory.
           implementation: ``"xla"``, ``"native"``, or None for native code where it serves.
           dtype: what the experts compute in, and the dtype of the result; None for that of ``x``.
             The router computes in float32.
@@ -128,6 +133,8 @@ class MoE(nnx.Module):
             ranks_per_node=ranks_per_node,
             num_spares=num_spares,
             slack=slack,
+            chunks=chunks,
+            unroll_chunks=unroll_chunks,
             implementation=implementation,
             dtype=None if dtype is None else jnp.dtype(dtype),
             wire_dtype=None if wire_dtype is None else jnp.dtype(wire_dtype).name,
