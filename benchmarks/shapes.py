@@ -106,6 +106,19 @@ PLAN64 = Shape(
     "(https://arxiv.org/abs/2412.19437); plans only, so its width is not used",
 )
 
+PINNED = Shape(
+    name="pinned",
+    num_ranks=2,
+    num_tokens=1024,
+    hidden=256,
+    num_experts=8,
+    num_topk=2,
+    dtype=np.float32,
+    capacity_factor=1.25,
+    source="the 8 experts, 2 a token, of Mixtral (https://arxiv.org/abs/2401.04088) at a width "
+    "that trains on a laptop",
+)
+
 EXCHANGE_SHAPES = {shape.name: shape for shape in (SMALL, DECODE, LARGE)}
 
 _GPU_WIDE = Shape(

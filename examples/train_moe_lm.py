@@ -43,6 +43,14 @@ _ROUTER: flags.FlagHolder[Any] = flags.DEFINE_enum(
 _CAPACITY_FACTOR = flags.DEFINE_float(
     "capacity_factor", 1.25, "Room of a device over its fair share; 0 drops nothing.", 0.0
 )
+_BALANCE_AFTER = flags.DEFINE_float(
+    "balance_after",
+    0.5,
+    "From which part of the steps on devices borrow each other's busy experts, so that all have as "
+    "much to do, and room for that alone; 1 for never.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 _IMPLEMENTATION: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "implementation",
     None,
@@ -127,7 +135,8 @@ def main(argv: list[str]) -> None:
             num_steps=_STEPS.value,
             seed=_SEED.value,
         )
-        state, history, step_seconds = train(config, graph, state, corpus, mesh)
+        first_balanced = balanced_from(config)
+        config, graph, state, history, step_seconds = train(config, graph, state, corpus, mesh)
         model, _ = nnx.merge(graph, state)
         held_out_loss, moe_inputs = measure(model, corpus, mesh)
         print_losses(history, held_out_loss, entropy)
@@ -136,7 +145,7 @@ def main(argv: list[str]) -> None:
             print(f"\nA step, and the parts of its {config.num_layers} expert layers on their own,")
             print(f"forward and backward:\n{report.format_shares(parts, step_seconds)}")
         print_sample(model, corpus, mesh)
-    save_picture(config, mesh, history, held_out_loss, entropy)
+    save_picture(config, mesh, history, held_out_loss, entropy, first_balanced)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -166,19 +175,30 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, ("data", "expert"), axis_types=auto, devices=devices)
 
 
+def balanced_from(config: Config) -> int:
+    """Returns the first step in which devices borrow experts; the number of steps if none."""
+    if config.implementation == "dense" or config.num_spares:
+        return _STEPS.value
+    return round(_BALANCE_AFTER.value * _STEPS.value)
+
+
 def train(
     config: Config,
     graph: nnx.GraphDef,
     state: training.State,
     corpus: text.Corpus,
     mesh: jax.sharding.Mesh,
-) -> tuple[training.State, report.History, float]:
-    """Returns the trained state, what every step reported, and how long a step takes."""
+) -> tuple[Config, nnx.GraphDef, training.State, report.History, float]:
+    """Returns what was trained in the end, what every step reported, and how long a step takes."""
     step = training.compile_step(graph, state, config)
     rng = np.random.default_rng(_SEED.value)
     history, seconds = [], []
     progress = tqdm(range(_STEPS.value), desc="compiling", unit="step", dynamic_ncols=True)
-    for _ in progress:
+    for number in progress:
+        if number == balanced_from(config):
+            progress.set_description("compiling")
+            config, graph = training.balanced(config, graph, state)
+            step = training.compile_step(graph, state, config)
         batch = text.draw_windows(corpus.train, rng, _BATCH.value, _SEQ_LEN.value + 1)
         start = time.perf_counter()
         state, metrics = step(state, training.put_batch(batch, mesh))
@@ -189,11 +209,13 @@ def train(
         progress.set_postfix_str(
             f"loss {metrics.loss:.2f} bits/byte, "
             f"{_BATCH.value * _SEQ_LEN.value / seconds[-1]:,.0f} tokens/s, "
-            f"dropped {metrics.dropped.mean():.1%}, max/mean {metrics.max_over_mean.max():.1f}"
+            f"dropped {metrics.dropped.mean():.1%}, "
+            f"busiest expert {metrics.max_over_mean.max():.1f}, "
+            f"device {metrics.busiest_rank.max():.2f} of the mean"
         )
     stacked = report.History(*(np.stack(values) for values in zip(*history, strict=True)))
-    # The first step compiles.
-    return state, stacked, statistics.median(seconds[-50:])
+    # The first step of each kind compiles.
+    return config, graph, state, stacked, statistics.median(seconds[-50:])
 
 
 def measure(
@@ -239,6 +261,7 @@ def save_picture(
     history: report.History,
     held_out_loss: float,
     entropy: float,
+    first_balanced: int,
 ) -> None:
     """Writes ``train_moe_lm.png`` and prints where."""
     path = Path(_OUTPUT_DIR.value) / "train_moe_lm.png"
@@ -251,6 +274,7 @@ def save_picture(
         history=history,
         held_out_loss=held_out_loss,
         entropy=entropy,
+        balanced_from=first_balanced,
     )
     print(f"picture: {path}")
 

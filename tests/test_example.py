@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -212,14 +213,18 @@ def test_a_whole_run_shows_what_it_promises(parsed_flags, corpus, tmp_path, caps
     out, err = capsys.readouterr()
     lines = out.splitlines()
     shown = {line[:12].strip(): line[12:].split() for line in lines if line.endswith("%")}
-    assert list(shown) == ["plan", "dispatch", "experts", "combine", "the rest", "whole step"]
-    assert all(float(shown[name][0]) > 0 for name in ("plan", "dispatch", "experts", "combine"))
+    parts = ["balance", "plan", "dispatch", "experts", "combine"]
+    assert list(shown) == [*parts, "the rest", "whole step"]
+    assert all(float(shown[name][0]) > 0 for name in parts)
     figures = [float(line.split()[-1]) for line in lines if line.startswith("byte entropy")]
     assert figures == [
         pytest.approx(text.byte_entropy(text.read_corpus(1_000_000).train), abs=1e-3)
     ]
     assert "loss 8.0" in err
-    assert "max/mean" in err
+    assert re.findall(r"dropped (\S+%), busiest expert [0-9.]+, device (\S+) of", err)[-1] == (
+        "0.0%",
+        "1.00",
+    )
     assert (tmp_path / "new" / "train_moe_lm.png").read_bytes().startswith(b"\x89PNG")
 
 

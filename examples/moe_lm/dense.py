@@ -45,5 +45,6 @@ class DenseMoE(MoE):
             "load_balance_loss": routing.load_balance_loss(probs, topk_idx),
             "expert_load": load.astype(jnp.int32),
             "expert_load_max_over_mean": jnp.max(load) / jnp.mean(load),
+            "rank_load_max_over_mean": jnp.ones(()),  # All experts on every device.
             "dropped_fraction": jnp.zeros(()),
         }

@@ -28,6 +28,7 @@ class Config:
     num_topk: int = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
     capacity_factor: float | None = None
+    num_spares: int = 0
     implementation: Literal["native", "xla", "dense"] | None = None
     wire: Literal["float8_e4m3fn", "float8_e5m2"] | None = None
 
@@ -86,6 +87,7 @@ def make_moe(config: Config, *, rngs: nnx.Rngs) -> MoE:
         *sizes,
         router=config.router,
         capacity_factor=config.capacity_factor,
+        num_spares=config.num_spares,
         implementation=config.implementation,
         wire_dtype=config.wire,
         wire_cotangents=config.wire,

@@ -34,6 +34,7 @@ class History(NamedTuple):
     loss: Float[np.ndarray, "num_steps"]
     expert_load: Int[np.ndarray, "num_steps num_layers num_experts"]
     max_over_mean: Float[np.ndarray, "num_steps num_layers"]
+    busiest_rank: Float[np.ndarray, "num_steps num_layers"]
     dropped: Float[np.ndarray, "num_steps num_layers"]
 
 
@@ -59,8 +60,9 @@ def save_picture(
     title: str,
     held_out_loss: float,
     entropy: float,
+    balanced_from: int,
 ) -> None:
-    """Draws the loss, the load of every expert and the drops over the steps of training.
+    """Draws the loss, loads of experts and of devices, and the drops over the steps of training.
 
     Args:
       path: where to write the PNG.
@@ -68,16 +70,18 @@ def save_picture(
       title: what was trained.
       held_out_loss: bits per byte of text not trained on, at the end.
       entropy: bits per byte of the text when only byte frequencies are known.
+      balanced_from: the first step in which devices borrowed experts.
     """
     # Made without pyplot, a figure needs no window system.
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 8), dpi=110, layout="constrained")
+        figure = Figure(figsize=(9, 9), dpi=110, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        loss_axes, load_axes, drop_axes = figure.subplots(
-            3, 1, sharex=True, height_ratios=[4, 4, 1.6]
+        loss_axes, load_axes, rank_axes, drop_axes = figure.subplots(
+            4, 1, sharex=True, height_ratios=[4, 4, 1.6, 1.6]
         )
         _draw_losses(loss_axes, history.loss, held_out_loss, entropy)
         _draw_load(load_axes, history.expert_load)
+        _draw_ranks(rank_axes, history.busiest_rank.mean(axis=1), balanced_from)
         _draw_drops(drop_axes, history.dropped.mean(axis=1))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -133,6 +137,22 @@ def _draw_load(axes: Axes, expert_load: np.ndarray) -> None:
     axes.tick_params(axis="y", length=0)
     # Beside the axes, not in their space, so that the three panels keep one width.
     axes.figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.015, 1)), extend="max")
+
+
+def _draw_ranks(axes: Axes, busiest: np.ndarray, balanced_from: int) -> None:
+    axes.set_title("Rows of the busiest device, over the mean")
+    axes.plot(busiest, color=_BLUE, linewidth=1.2)
+    top = max(1.5, 1.05 * float(np.max(busiest)))
+    axes.set_ylim(0.9, top)
+    if balanced_from < len(busiest):
+        axes.axvline(balanced_from, color=_GREY, linewidth=1.0, linestyle="--")
+        axes.annotate(
+            "from here on devices borrow busy experts",
+            (balanced_from, top),
+            (6, -10),
+            textcoords="offset points",
+            color=_GREY,
+        )
 
 
 def _draw_drops(axes: Axes, dropped: np.ndarray) -> None:

@@ -66,7 +66,7 @@ def _make_parts(
     assert config.implementation != "dense"
     make_plan = partial(
         jax_ep.make_plan,
-        num_experts=config.num_experts,
+        num_experts=config.num_experts + num_ranks * config.num_spares,
         axis_name="expert",
         capacity=capacity,
         tail="uninitialized",
@@ -77,8 +77,13 @@ def _make_parts(
     def compile_part(part: Callable[..., Any], *in_specs: Any, out_specs: Any = tokens):
         return jax.jit(jax.shard_map(part, in_specs=in_specs, out_specs=out_specs))
 
-    weights = (experts, experts, experts)
+    own = (experts, experts, experts)
+    # What is borrowed differs along the data axis, too.
+    weights = (tokens, tokens, tokens) if config.num_spares else own
     return {
+        "balance": compile_part(
+            partial(_balance, config), tokens, own, out_specs=(tokens, weights, own)
+        ),
         "plan": compile_part(lambda topk_idx: _stack(make_plan(topk_idx)), tokens),
         "dispatch": compile_part(partial(_dispatch, config.wire), tokens, tokens),
         "experts": compile_part(
@@ -98,10 +103,15 @@ def _bind(
     else:
         topk_idx, topk_weights = routing.sigmoid_topk(logits, moe.router_bias[...], config.num_topk)
     weights = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
+    calls = {}
+    if config.num_spares:
+        choices, own = topk_idx, weights
+        calls["balance"] = lambda: parts["balance"](choices, own)
+        topk_idx, weights, _ = parts["balance"](choices, own)
     plan = parts["plan"](topk_idx)
     rows = parts["dispatch"](x, plan)[0]
     outputs = parts["experts"](rows, plan, weights)[0]
-    return {
+    return calls | {
         "plan": lambda: parts["plan"](topk_idx),
         "dispatch": lambda: parts["dispatch"](x, plan),
         "experts": lambda: parts["experts"](rows, plan, weights),
@@ -115,6 +125,21 @@ def _stack(plan: jax_ep.Plan) -> jax_ep.Plan:
 
 def _unstack(plan: jax_ep.Plan) -> jax_ep.Plan:
     return jax.tree.map(lambda array: array[0], plan)
+
+
+def _balance(
+    config: Config, topk_idx: jax.Array, weights: tuple[jax.Array, ...]
+) -> tuple[Any, ...]:
+    assert config.implementation != "dense"
+    slots, copies = jax_ep.balance(
+        topk_idx,
+        num_experts=config.num_experts,
+        axis_name="expert",
+        num_spares=config.num_spares,
+        implementation=config.implementation,
+    )
+    every, pull = jax.vjp(partial(jax_ep.with_copies, copies=copies), weights)
+    return slots, every, *pull(every)
 
 
 def _dispatch(dtype: str | None, x: jax.Array, plan: jax_ep.Plan) -> tuple[jax.Array, ...]:

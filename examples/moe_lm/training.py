@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +28,12 @@ Tokens: TypeAlias = Int32[Array, "batch length"]
 
 
 class Metrics(NamedTuple):
-    """What one step reports; the last three are before the step's update, for each layer."""
+    """What one step reports; all but the loss are before the step's update, for each layer."""
 
     loss: Float32[Array, ""]  # bits per byte
     expert_load: Int32[Array, "num_layers num_experts"]
     max_over_mean: Float32[Array, "num_layers"]
+    busiest_rank: Float32[Array, "num_layers"]  # rows of the busiest device, over the mean
     dropped: Float32[Array, "num_layers"]  # fraction of the choices
 
 
@@ -51,6 +53,19 @@ def init_state(
         return x if is_placed else jax.device_put(x, NamedSharding(mesh, P()))
 
     return graph, jax.tree.map(place, state)
+
+
+def balanced(config: Config, graph: nnx.GraphDef, state: State) -> tuple[Config, nnx.GraphDef]:
+    """Has devices borrow each other's busy experts for each step; returns the model of that kind.
+
+    They have room for their fair share alone: nothing is dropped where that evens all loads.
+    """
+    config = dataclasses.replace(config, num_spares=2, capacity_factor=1.0)
+    model, optimizer = nnx.merge(graph, state)
+    for block in model.blocks:
+        changes = {"num_spares": config.num_spares, "capacity_factor": config.capacity_factor}
+        block.moe.config = dataclasses.replace(block.moe.config, **changes)
+    return config, nnx.graphdef((model, optimizer))
 
 
 def compile_step(
@@ -96,6 +111,7 @@ def loss_and_metrics(
         loss,
         each_layer("expert_load"),
         each_layer("expert_load_max_over_mean"),
+        each_layer("rank_load_max_over_mean"),
         each_layer("dropped_fraction"),
     )
     # A sigmoid router is balanced by its bias instead.
