@@ -10,6 +10,7 @@ from jax_ep._plan import Plan, check_plan
 from jax_ep._types import DROPPED
 
 
+@jax.named_scope("jax_ep.load_metrics")
 def load_metrics(
     plan: Plan, *, hidden: int, dtype: jax.typing.DTypeLike
 ) -> dict[str, Num[Array, ""]]:

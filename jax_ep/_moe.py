@@ -15,6 +15,7 @@ from jax_ep._plan import Plan
 from jax_ep._types import AxisName, Implementation
 
 
+@jax.named_scope("jax_ep.moe")
 def moe(
     x: Float[Array, "num_tokens hidden"],
     topk_idx: Int32[Array, "num_tokens num_topk"],
