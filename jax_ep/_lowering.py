@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from jax.interpreters import mlir
 from jax_ep import _fabrics, _rounds, _xla
 from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
-from jax_ep._compat import concrete_mesh, vary_over, varying_axes
+from jax_ep._compat import concrete_mesh, lowered_scopes, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._library import native_platform, warn_once
 from jax_ep._ops import Op
@@ -22,6 +23,9 @@ from jax_ep._types import LoweredBinding, Platform
 
 FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "cuda"}
 """What lowerings for a platform are registered as."""
+
+_OURS = "jax_ep."
+_JAXS = ("checkpoint", "rematted_computation", "shard_map")
 
 Carrier: TypeAlias = Callable[[Call, Operands], list[jax.Array]]
 
@@ -43,7 +47,7 @@ def _lower(
     binding: LoweredBinding,
     call: str,
 ) -> Any:
-    told = Call(op, layout, binding, call, native_platform(platform))
+    told = Call(op, layout, binding, call, native_platform(platform), scope=_scope(ctx))
     if told.binding == "vmap":
         raise ValueError(
             f"axis_name must be mapped around what is compiled: {layout.axis_name!r} of "
@@ -55,6 +59,16 @@ def _lower(
         return carrier(told, Operands.of(op, operands))
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *nodes)
+
+
+def _scope(ctx: Any) -> str:
+    """Returns the names that users gave to what is around a call of ours, as a path.
+
+    Not what JAX calls a part of its own: in a step and where it is computed again, in a gradient
+    and forward, a layer has one name.
+    """
+    names = itertools.takewhile(lambda name: not name.startswith(_OURS), lowered_scopes(ctx))
+    return "/".join(name for name in names if name not in _JAXS and not name.startswith("jit("))
 
 
 def _choose(call: Call, mesh: Any | None) -> tuple[Call, Carrier]:
