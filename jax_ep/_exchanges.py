@@ -13,7 +13,7 @@ Columns = Mapping[str, np.ndarray]
 SHARED = "processes"
 """The fabric whose exchanges several processes record, each its own part."""
 
-PHASES = ("published", "began", "ended", "told")
+PHASES = ("named", "published", "began", "ended", "told")
 
 _CHUNK = 256
 
@@ -29,7 +29,8 @@ class Exchanges:
       processes: the numbers of the processes, [P].
       came: when each rank came, [n, R].
       process_of: the place in ``processes`` of each rank's, [n, R]; -1 where it is not known.
-      phases: by name: when a process ``published``, ``began``, ``ended`` and ``told``, [n, P].
+      phases: by name: when a process had been told by the leader which exchange it is (``named``),
+        ``published``, ``began``, ``ended`` and ``told``, [n, P].
       seen: when a process saw what a rank of another one lends to be there, [n, P, R].
     """
 
@@ -145,9 +146,19 @@ def _waits(some: Exchanges) -> Int64[np.ndarray, "n R R"]:
     whose = np.maximum(process_of, 0)
     there = np.take_along_axis(some.phases["published"], whose, axis=1)
     there = np.where(process_of >= 0, there, 0)[:, None, :]
-    took = np.where(some.seen > 0, some.seen - np.maximum(looked, there), 0)
-    by_rank = np.take_along_axis(np.maximum(took, 0), whose[:, :, None], axis=1)
+    took = np.maximum(np.where(some.seen > 0, some.seen - np.maximum(looked, there), 0), 0)
+    took += np.where(process_of[:, None, :] >= 0, 0, _led(some))
+    by_rank = np.take_along_axis(took, whose[:, :, None], axis=1)
     return late + np.where((process_of >= 0)[:, :, None], by_rank, 0)
+
+
+def _led(some: Exchanges) -> Int64[np.ndarray, "n P R"]:
+    """Returns how long a process waited for the leader, that of rank 0, to name the exchange."""
+    is_own = some.process_of[:, None, :] == np.arange(len(some.processes))[:, None]
+    gathered = np.where(is_own, some.came[:, None, :], 0).max(axis=2, initial=0)
+    waited = np.maximum(some.phases["named"] - gathered, 0)
+    is_leaders = (some.seen > 0) & (some.seen == some.seen[:, :, :1])
+    return np.where(is_leaders, waited[:, :, None], 0)
 
 
 def _looked(some: Exchanges) -> Int64[np.ndarray, "n P R"]:

@@ -23,7 +23,7 @@ _RECORD = np.dtype(
         *[(name, np.uint64) for name in _TEXTS],
         *[(name, np.int64) for name in ("run", "call_site", "group", "epoch")],
         *[(name, np.int64) for name in ("num_ranks", "lent_bytes")],
-        *[(name, np.int64) for name in ("published", "began", "ended", "told")],
+        *[(name, np.int64) for name in ("named", "published", "began", "ended", "told")],
         ("first_rank", np.int64),
         ("is_here", np.uint64),
         ("came", np.int64, (64,)),

@@ -18,9 +18,9 @@ def part(
     *,
     process: int = 0,
     is_here: Sequence[bool] | None = None,
+    named: int | None = None,
     published: int | np.ndarray = 0,
     work: int | np.ndarray = MS,
-    host: str = "here",
     **labels: str | Sequence[str],
 ) -> Columns:
     """Makes the records of one process.
@@ -30,10 +30,10 @@ def part(
         it came, or when its process was seen, as ``CallRecord`` has it.
       process: its number.
       is_here: which ranks are its own, if not all.
+      named: when it had been told by the leader which exchange it is, if another one leads.
       published: when it had published, likewise, if others read it.
       work: how many ns it worked.
-      host: where.
-      labels: ``op``, ``scope`` and ``fabric`` of each exchange, or of all.
+      labels: ``op``, ``scope`` and ``fabric`` of each exchange, or of all, and the ``host``.
     """
     count, num_ranks = came.shape
     number = np.arange(count)
@@ -42,6 +42,7 @@ def part(
     bits = np.uint64(sum(1 << rank for rank in np.flatnonzero(here).tolist()))
     times = came + start[:, None]
     began = times.max(axis=1, initial=0)
+    host = labels.pop("host", "here")
     texts = {"op": "dispatch", "scope": "", "fabric": "devices"} | labels
     numbers = {"run": 0, "call_site": 0, "group": 7, "num_ranks": num_ranks, "lent_bytes": 512}
     return {
@@ -49,6 +50,7 @@ def part(
         "exchange": number,
         "epoch": number + 1,
         **{name: np.broadcast_to(np.array(text), (count,)) for name, text in texts.items()},
+        "named": np.zeros(count, np.int64) if named is None else start + named,
         "published": start + published,
         "began": began,
         "ended": began + work,

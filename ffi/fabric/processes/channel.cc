@@ -22,6 +22,7 @@
 #include "fabric/processes/shared_print.h"
 #include "fabric/processes/window.h"
 #include "fabric/processes/window_buffers.h"
+#include "fabric/threads/recorder.h"
 #include "fabric/threads/report.h"
 #include "fabric/work/cores.h"
 
@@ -83,7 +84,7 @@ void Channel::Serve() {
     Failure failure;
     const std::shared_ptr<Meeting> meeting = NextMeeting(failure);
     if (meeting == nullptr && !failure) return;  // the channel ends
-    if (meeting != nullptr) meeting->NoteEpoch(epoch_);
+    if (meeting != nullptr) meeting->NoteEpoch(epoch_, named_);
     if (!failure) failure = Exchange(*meeting);
     if (failure) {
       GiveUp(*failure, {meeting});
@@ -150,6 +151,7 @@ Channel::Failure Channel::NameExchange(ExchangeName& name) {
       },
       "named the exchange");
   if (failure) return failure;
+  named_ = RecordsCalls() ? SteadyNow() : 0;
   name = leader.words().names[HalfOf(epoch_)];
   Enter(Phase::kMeeting);
   return std::nullopt;

@@ -129,9 +129,9 @@ void Meeting::NotePresent(const Attendance& attendance, std::int64_t came) {
   done[rank] = Noted(recording, std::move(done[rank]));
 }
 
-void Meeting::NoteEpoch(std::uint64_t epoch) const {
+void Meeting::NoteEpoch(std::uint64_t epoch, std::int64_t named) const {
   for (const auto& call : logged) call->NoteEpoch(epoch);
-  if (recording) recording->NoteEpoch(epoch);
+  if (recording) recording->NoteEpoch(epoch, named);
 }
 
 void Meeting::NoteBeginning() const {

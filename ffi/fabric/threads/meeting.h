@@ -43,7 +43,7 @@ struct Meeting {
   void TakeWorks(const Attendance& attendance);
 
   // For the logs of those that it holds, and for its recording.
-  void NoteEpoch(std::uint64_t epoch) const;
+  void NoteEpoch(std::uint64_t epoch, std::int64_t named) const;
   void NoteBeginning() const;
   void NoteEnd() const;
 

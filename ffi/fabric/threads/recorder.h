@@ -44,17 +44,18 @@ struct CallRecord {
   std::int64_t epoch;      // between processes: its number in all of them; else 0
   std::int64_t num_ranks;
   std::int64_t lent_bytes;  // by each rank, for its peers to read
-  std::int64_t published;   // between processes: when what its ranks lend was there
-  std::int64_t began;       // when all had come, and the works began
-  std::int64_t ended;       // when the works had ended
-  std::int64_t told;        // when the last rank of this process was told
+  std::int64_t named;      // between processes: when the leader had named it, to others
+  std::int64_t published;  // between processes: when what its ranks lend was there
+  std::int64_t began;      // when all had come, and the works began
+  std::int64_t ended;      // when the works had ended
+  std::int64_t told;       // when the last rank of this process was told
   std::int64_t first_rank;
   std::uint64_t is_here;  // by rank from that one on, from the lowest bit on
   // By rank, likewise: when it came, if it is here; else when its process was seen to
   // have published.
   std::array<std::int64_t, kRecordedRanks> came;
 };
-static_assert(sizeof(void*) == 8 && sizeof(CallRecord) == 8 * (16 + kRecordedRanks));
+static_assert(sizeof(void*) == 8 && sizeof(CallRecord) == 8 * (17 + kRecordedRanks));
 
 // The ring. Any number of threads write, and none waits: a record goes over the oldest
 // one, or is lost if that one's writer has not ended. Who reads gets whole records.

@@ -42,8 +42,9 @@ void Recording::NoteArrival(std::int32_t rank, std::int64_t when) {
   came_[static_cast<std::size_t>(rank)] = when;
 }
 
-void Recording::NoteEpoch(std::uint64_t epoch) {
+void Recording::NoteEpoch(std::uint64_t epoch, std::int64_t named) {
   record_.epoch = static_cast<std::int64_t>(epoch);
+  record_.named = named;
 }
 
 void Recording::NotePublished() { record_.published = SteadyNow(); }

@@ -23,7 +23,9 @@ class Recording {
 
   // `when` is 0 if calls were no longer recorded: nothing of the exchange will be.
   void NoteArrival(std::int32_t rank, std::int64_t when);
-  void NoteEpoch(std::uint64_t epoch);
+  // Which exchange between processes it is, and since when this one has been told, if
+  // another one leads.
+  void NoteEpoch(std::uint64_t epoch, std::int64_t named);
   // What the ranks of this process lend is there for others.
   void NotePublished();
   // What the ranks of another process lend has been seen to be there.
