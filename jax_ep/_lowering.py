@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_ep import _fabrics, _rounds, _xla
+from jax_ep import _fabrics, _foreign, _rounds, _xla
 from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
 from jax_ep._compat import concrete_mesh, lowered_scopes, vary_over, varying_axes
@@ -30,16 +30,23 @@ _JAXS = ("checkpoint", "rematted_computation", "shard_map")
 Carrier: TypeAlias = Callable[[Call, Operands], list[jax.Array]]
 
 
-def register_lowerings(primitive: Any) -> None:
-    """Says how an exchange is lowered on every platform."""
+def register_lowerings(primitive: Any, unnamed: Any) -> None:
+    """Says how an exchange is lowered on every platform.
+
+    JAX lowers equal exchanges of a program once, and would tell all of them one layer's name. So
+    each is lowered by itself, and those in which nobody is told as the other primitive: of these
+    there may be much to lower.
+    """
     for platform, name in [*FFI_PLATFORMS.items(), (None, None)]:
-        rule = functools.partial(_lower, platform)
-        # Equal exchanges of two layers would be lowered as one, and be told one layer's name.
+        rule = functools.partial(_lower, platform, unnamed)
         mlir.register_lowering(primitive, rule, platform=name, cacheable=False)
+        rule = functools.partial(_lower, platform, None)
+        mlir.register_lowering(unnamed, rule, platform=name)
 
 
 def _lower(
     platform: Platform | None,
+    unnamed: Any | None,
     ctx: Any,
     *nodes: Any,
     op: Op,
@@ -54,11 +61,19 @@ def _lower(
             f"{layout.num_ranks} ranks is the axis of a jax.vmap; got a part of it alone."
         )
     told, carrier = _choose(told, concrete_mesh(ctx))
+    if unnamed is not None and not _is_told_names(carrier):
+        params = {"op": op, "layout": layout, "binding": binding, "call": call}
+        bind = functools.partial(unnamed.bind, **params)
+        return mlir.lower_fun(bind, multiple_results=True)(ctx, *nodes)
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         return carrier(told, Operands.of(op, operands))
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *nodes)
+
+
+def _is_told_names(carrier: Carrier) -> bool:
+    return isinstance(carrier, functools.partial) and carrier.func is _foreign.run
 
 
 def _scope(ctx: Any) -> str:
