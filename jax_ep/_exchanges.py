@@ -136,6 +136,12 @@ def sum_of_waits(exchanges: Exchanges) -> Int64[np.ndarray, "R R"]:
     return total
 
 
+def median_of_waits(exchanges: Exchanges) -> Float64[np.ndarray, "R R"]:
+    """Returns for how many ns rank i waits for rank j in the median, of some exchanges."""
+    step = max(1, -(-len(exchanges.came) // _CHUNK))
+    return np.median(_waits(exchanges[::step]), axis=0)
+
+
 def _waits(some: Exchanges) -> Int64[np.ndarray, "n R R"]:
     came, process_of = some.came, some.process_of
     late = np.maximum(came[:, None, :] - came[:, :, None], 0)

@@ -3,13 +3,13 @@
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from jax_ep._exchanges import Columns, Exchanges, put_together, sum_of_waits
+from jax_ep._exchanges import Columns, Exchanges, median_of_waits, put_together, sum_of_waits
 
 _FORMAT = 1
 _NS = 1e-9
@@ -75,12 +75,26 @@ class Trace:
         return tuple(sorted(set(self._exchanges.labels["op"].tolist())))
 
     @property
+    def processes(self) -> tuple[int, ...]:
+        """The numbers of the processes that recorded it."""
+        return tuple(self._exchanges.processes.tolist())
+
+    @property
     def num_lost(self) -> int:
         """How many records are not here: more came than the library holds."""
         return sum(int(part["num_lost"]) for part in self._parts)
 
     def __len__(self) -> int:
         return len(self._exchanges.came)
+
+    def _visits(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Yields process, rank, and the number of an exchange with its times there, in ns."""
+        exchanges = self._exchanges
+        for number, rank in np.argwhere(exchanges.came > 0).tolist():
+            place = exchanges.process_of[number, rank]
+            times = [exchanges.phases[name][number, place] for name in ("began", "ended", "told")]
+            came = exchanges.came[number, rank]
+            yield self.processes[place], rank, [number, int(came), *map(int, times)]
 
     def waits(self) -> Float64[np.ndarray, "ops i j"]:
         """Adds up how long rank i waited for rank j, by op.
@@ -99,6 +113,12 @@ class Trace:
         for place, name in enumerate(self.ops):
             total[place] = sum_of_waits(self._exchanges[op == name]) * _NS
         return total
+
+    def _usual_waits(self, op: str, num_ranks: int) -> Float64[np.ndarray, "i j"]:
+        """Returns how long rank i waits for rank j in the median call of so many ranks."""
+        labels = self._exchanges.labels
+        which = (labels["op"] == op) & (labels["num_ranks"] == num_ranks)
+        return median_of_waits(self._exchanges[which])[:num_ranks, :num_ranks] * _NS
 
     def calls(self) -> dict[str, np.ndarray]:
         """Returns what is known of each exchange, an array of one entry for each.
