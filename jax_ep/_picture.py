@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_ep._trace import Trace
 
-_MATRICES = 3
+_MATRICES, _SHOWN = 3, 0.02
 _INK, _FAINT = "#333333", "#dddddd"
 _LINES = ("#2a6f97", "#d1495b", "#66a182", "#edae49", "#7a5195", "#5c677d")
 
@@ -33,9 +33,9 @@ def save_picture(trace: Trace, path: str | os.PathLike[str]) -> None:
         raise ImportError(
             "a picture needs matplotlib: `pip install matplotlib`, or jax_ep's extra 'examples'"
         ) from error
-    figure = Figure(figsize=(11, 6.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 7.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.3, 1])
     _draw_waits(halves[0], trace)
     times, moments = halves[1].subplots(1, 2, width_ratios=[1, 1.4])
     calls = trace.calls()
@@ -46,7 +46,7 @@ def save_picture(trace: Trace, path: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=_FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=100, format="png")
+    figure.savefig(path, dpi=90, format="png")
 
 
 def _draw_waits(figure: Any, trace: Trace) -> None:
@@ -68,7 +68,7 @@ def _draw_waits(figure: Any, trace: Trace) -> None:
             axes.set_yticks(range(len(mean)))
             for (i, j), value in np.ndenumerate(mean):
                 ink = "white" if value > 0.6 * most_of_all else _INK
-                if i != j:
+                if value > _SHOWN * most_of_all:
                     axes.text(j, i, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=all_axes, shrink=0.8, label="ms a call")
 

@@ -20,9 +20,12 @@ def add_report(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    trace = Trace.load(*arguments.files)
-    if arguments.timeline:
-        save_timeline(trace, arguments.timeline)
-    if arguments.picture:
-        save_picture(trace, arguments.picture)
+    try:
+        trace = Trace.load(*arguments.files)
+        if arguments.timeline:
+            save_timeline(trace, arguments.timeline)
+        if arguments.picture:
+            save_picture(trace, arguments.picture)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"python -m jax_ep report: {error}") from error
     return report(trace)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from jax_ep._exchanges import Columns, Exchanges, median_of_waits, put_together, sum_of_waits
 
@@ -114,11 +114,9 @@ class Trace:
             total[place] = sum_of_waits(self._exchanges[op == name]) * _NS
         return total
 
-    def _usual_waits(self, op: str, num_ranks: int) -> Float64[np.ndarray, "i j"]:
-        """Returns how long rank i waits for rank j in the median call of so many ranks."""
-        labels = self._exchanges.labels
-        which = (labels["op"] == op) & (labels["num_ranks"] == num_ranks)
-        return median_of_waits(self._exchanges[which])[:num_ranks, :num_ranks] * _NS
+    def _usual_waits(self, which: Bool[np.ndarray, "n"]) -> Float64[np.ndarray, "i j"]:
+        """Returns how long rank i waits for rank j in the median call of some."""
+        return median_of_waits(self._exchanges[which]) * _NS
 
     def calls(self) -> dict[str, np.ndarray]:
         """Returns what is known of each exchange, an array of one entry for each.
@@ -131,7 +129,8 @@ class Trace:
           clock (``time.monotonic_ns``); ``last_rank``, or -1 where not all arrivals are known; and
           in seconds: ``gather`` until all had come, ``work`` and ``tell``, each of the process that
           took longest, ``lateness`` [n, ranks] behind the first to come, and ``rank_work`` [n,
-          ranks] of the rank's process. NaN is what is not known.
+          ranks] of the rank's process, whose number is ``rank_process`` [n, ranks]. What is not
+          known is NaN, or -1.
         """
         exchanges = self._exchanges
         came = exchanges.came
@@ -152,6 +151,9 @@ class Trace:
             "tell": np.where(is_there, told - ended, 0).max(axis=1, initial=0) * _NS,
             "lateness": np.where(came > 0, came - first[:, None], np.nan) * _NS,
             "rank_work": exchanges.by_rank(work),
+            "rank_process": np.where(
+                exchanges.process_of >= 0, exchanges.processes[exchanges.process_of], -1
+            ),
         }
 
 

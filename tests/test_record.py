@@ -36,19 +36,19 @@ def args(num_ranks: int = R) -> tuple[jax.Array, jax.Array]:
     return topk_idx, jnp.ones((num_ranks, T, H))
 
 
-def dawdle(rank: np.ndarray, _: np.ndarray, x: np.ndarray) -> np.ndarray:
+def dawdle(rank: np.ndarray, _: np.ndarray, zero: np.ndarray) -> np.ndarray:
     if int(rank) == SLOW:
         time.sleep(DELAY)
-    return x
+    return zero
 
 
 def late_layer(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
     """One rank is slow between the plan and the dispatch."""
     plan = jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
     # It is told something of the plan, or XLA could call it before that is made.
-    rank = jax.lax.axis_index(AXIS)
-    x = jax.pure_callback(dawdle, jax.typeof(x), rank, plan.num_dropped, x)
-    return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
+    rank, zero = jax.lax.axis_index(AXIS), 0 * x[0, 0]
+    zero = jax.pure_callback(dawdle, jax.typeof(zero), rank, plan.num_dropped, zero)
+    return jax_ep.combine(jax_ep.dispatch(x + zero, plan), plan)
 
 
 def named_slow(recorded: jax_ep.Trace) -> bool:

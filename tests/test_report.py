@@ -47,6 +47,32 @@ def test_a_slow_rank_is_named() -> None:
     assert 1.7 < behind < 2.1
 
 
+def test_a_rank_that_is_slow_in_one_layer_is_named() -> None:
+    came = NOISE.copy()
+    came[::4, 3] += 2 * MS
+    scopes = [f"layer_{number % 4}" for number in range(CALLS)]
+    [said] = verdicts(trace(part(came, scope=scopes)))
+    assert said.startswith("rank 3 was last in 100% of dispatch of layer_0 calls, "), said
+
+
+def test_a_process_that_is_slow_is_named() -> None:
+    """Each of its ranks is last at times."""
+    came = NOISE.copy()
+    came[:, 2:] += 2 * MS
+    parts = [
+        part(
+            np.where([rank // 2 == process for rank in range(R)], came, 9 * MS),
+            process=process,
+            is_here=[rank // 2 == process for rank in range(R)],
+            published=8 * MS,
+            fabric="processes",
+        )
+        for process in range(2)
+    ]
+    said = verdicts(trace(*parts))
+    assert any(s.startswith("a rank of process 1 was last in 100% of dispatch") for s in said), said
+
+
 def test_an_early_rank_is_named() -> None:
     came = NOISE + 3 * MS
     came[:, 1] = 0
@@ -151,6 +177,15 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert said.startswith("exchanges: 1; processes that recorded them: 2")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert json.loads(timeline.read_text())["traceEvents"]
+
+
+def test_the_command_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "jax_ep", "report", tmp_path / "none.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    [said] = done.stderr.splitlines()
+    assert said.startswith("python -m jax_ep report: ")
+    assert "none.npz" in said
 
 
 def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
