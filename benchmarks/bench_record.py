@@ -15,7 +15,7 @@ import numpy as np
 import timing
 from absl import app, flags
 from programs import exchange, make_inputs, make_mesh, over_ranks, planner
-from shapes import DECODE, SMALL, Shape
+from shapes import DECODE, SMALL, TOKEN, Shape
 
 import jax_ep
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     timing.print_json(timing.environment())
     repeats = 4 if _quick.value else _repeats.value
-    measured = {shape: measure(shape, repeats) for shape in (DECODE, SMALL)}
+    measured = {shape: measure(shape, repeats) for shape in (TOKEN, DECODE, SMALL)}
     rows = [[shape.name, *columns.values()] for shape, columns in measured.items()]
     header = ("shape", *measured[SMALL])
     timing.print_table("an exchange recorded, by the one before or after that is not", header, rows)
