@@ -21,6 +21,16 @@ class Trace:
     It holds whole exchanges in the order in which they began, those that ended while it recorded.
     An exchange of several processes is in the trace of each, with what it saw; ``load`` puts these
     together.
+
+    Example:
+      >>> import pathlib, tempfile, jax_ep
+      >>> with jax_ep.record() as trace:
+      ...     pass  # steps of a program
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     trace.save(pathlib.Path(folder, "trace.npz"))
+      ...     loaded = jax_ep.Trace.load(pathlib.Path(folder, "trace.npz"))
+      >>> loaded.ops, loaded.waits().shape
+      ((), (0, 0, 0))
     """
 
     def __init__(self, parts: Sequence[Columns] = ()) -> None:

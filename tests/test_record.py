@@ -16,7 +16,7 @@ from implementations import AXIS, EMULATED, over_devices, require, stacked
 from traces import MS, part, trace
 
 import jax_ep
-from jax_ep import _library
+from jax_ep import _library, _record
 from jax_ep._verdicts import verdicts
 
 R, T, K, E, H = 4, 8, 2, 8, 4
@@ -139,6 +139,23 @@ def test_nobody_waits_on_one_device() -> None:
     assert len(recorded) == 0
     assert recorded.waits().shape == (0, 0, 0)
     assert recorded.calls()["gather"].shape == (0,)
+
+
+def test_lost_records_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More came than the library holds, so that it has fewer to give than there were."""
+
+    class Full:
+        counts = iter((100, 105))
+        jax_ep_record_bytes = staticmethod(lambda: _record._RECORD.itemsize)
+        jax_ep_record_calls = staticmethod(lambda _: 0)
+        jax_ep_num_records = staticmethod(lambda: next(Full.counts))
+        jax_ep_read_records = staticmethod(lambda begin, *_: 0 if begin == 100 else None)
+
+    monkeypatch.setattr(_record, "usable_libraries", lambda: {"cpu": Full})
+    with jax_ep.record() as recorded:
+        pass
+    assert recorded.num_lost == 5
+    assert len(recorded) == 0
 
 
 def test_it_needs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
