@@ -37,6 +37,15 @@ def test_one_call_is_no_rule() -> None:
     assert verdicts(trace(part(came))) == []
 
 
+def test_little_is_not_worth_a_word() -> None:
+    """A rank that is always last, but by no time, and one that works a little longer."""
+    came = NOISE.copy()
+    came[:, 3] = came.max(axis=1) + 1000
+    assert verdicts(trace(part(came, work=10 * MS))) == []
+    work = np.array([MS, MS + MS // 3, MS, MS])
+    assert verdicts(apart(NOISE, np.zeros((R, R), np.int64), work)) == []
+
+
 def test_a_slow_rank_is_named() -> None:
     came = NOISE.copy()
     came[: 3 * CALLS // 4, 3] += 2 * MS
