@@ -75,7 +75,7 @@ EP_TEST(TheOldestGiveWay) {
 // Writers go over each other's places all the time, and readers read meanwhile.
 EP_TEST(NoRecordIsTorn) {
   constexpr std::int64_t kWriters = 3;
-  constexpr std::int64_t kRecords = 4000;
+  constexpr std::int64_t kRecords = 40000;
   Recorder recorder(4);
   std::atomic<std::int64_t> writing{kWriters};
   OnThreads(kWriters + 1, [&](std::int64_t thread) {
