@@ -37,6 +37,7 @@ class Balance(NamedTuple):
     share: Float32[Array, "num_ranks"] | None = None
 
 
+@jax.named_scope("jax_ep.balance")
 def balance(
     topk_idx: Int32[Array, "num_tokens num_topk"],
     *,
@@ -143,6 +144,7 @@ def balance(
     return jnp.where(own.kept, slots, none), copies
 
 
+@jax.named_scope("jax_ep.with_copies")
 def with_copies(
     weights: PyTree[Num[Array, "num_local_experts ..."]], copies: Plan
 ) -> PyTree[Num[Array, "num_slots ..."]]:

@@ -30,6 +30,7 @@ class Call:
         where not even the program knows.
       is_placed: whether its program knows where its ranks are.
       num_parts: into how many parts its axis is cut, of the ranks of one exchange each.
+      scope: the user's name of the part of the program that it is in, such as a layer's.
     """
 
     op: Op
@@ -40,6 +41,7 @@ class Call:
     devices: np.ndarray | None = None
     is_placed: bool = True
     num_parts: int = 1
+    scope: str = ""
 
     @property
     def spans_devices(self) -> bool:

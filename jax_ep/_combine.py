@@ -1,5 +1,6 @@
 """``combine``: experts' rows back to their tokens, as a weighted sum."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -12,6 +13,7 @@ from jax_ep._plan import Plan, check_plan
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+@jax.named_scope("jax_ep.combine")
 def combine(
     rows: Float[Array, "capacity hidden"],
     plan: Plan,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import compute_on, core, dispatch, distributed
+from jax._src import compute_on, core, dispatch, distributed, source_info_util
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad
 
@@ -80,6 +80,11 @@ def concrete_mesh(ctx: Any) -> Any | None:
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     for_export = ctx.module_context.lowering_parameters.for_export
     return mesh if isinstance(mesh, jax.sharding.Mesh) and not for_export else None
+
+
+def lowered_scopes(ctx: Any) -> list[str]:
+    """Returns the names of the scopes that a primitive is lowered in, outermost first."""
+    return [at.name for at in ctx.name_stack.stack if isinstance(at, source_info_util.Scope)]
 
 
 def run_primitive(primitive: Primitive, *operands: jax.Array, **params: Any) -> Any:

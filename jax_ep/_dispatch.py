@@ -13,6 +13,7 @@ from jax_ep._ops import GATHER_ROWS
 from jax_ep._plan import Plan, check_plan
 
 
+@jax.named_scope("jax_ep.dispatch")
 def dispatch(
     x: PyTree[Num[Array, "num_tokens ..."]], plan: Plan
 ) -> PyTree[Num[Array, "capacity ..."]]:

@@ -181,11 +181,12 @@ def _derived(call: str, how: str) -> str:
     return call if call.endswith(gradient) else f"{call.removesuffix(' (derivative)')} ({how})"
 
 
-_exchange_p = Primitive("jax_ep_exchange")
-_exchange_p.multiple_results = True
+_exchange_p, _unnamed_p = Primitive("jax_ep_exchange"), Primitive("jax_ep_unnamed_exchange")
+for _primitive in (_exchange_p, _unnamed_p):
+    _primitive.multiple_results = True
+    _primitive.def_abstract_eval(_abstract_eval)
 _exchange_p.def_impl(_impl)
-_exchange_p.def_abstract_eval(_abstract_eval)
 batching.fancy_primitive_batchers[_exchange_p] = _batch
 ad.primitive_jvps[_exchange_p] = _jvp
 ad.primitive_transposes[_exchange_p] = _transpose
-register_lowerings(_exchange_p)
+register_lowerings(_exchange_p, _unnamed_p)

@@ -91,7 +91,7 @@ class Fabric:
     def signature(self, op: Op) -> dict[str, list[str]]:
         """Returns what the library should say of an op's handler."""
         told = (*self.operands(op), *self.plan(op), *self.payloads(op))
-        attributes = ("call", *_foreign.GEOMETRY, *op.options, *self.attributes(op))
+        attributes = ("call", "scope", *_foreign.GEOMETRY, *op.options, *self.attributes(op))
         return {
             "operands": [*Place._fields, *told],
             "results": [*self.own_results(op), *self.results(op)],

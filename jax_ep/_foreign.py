@@ -60,6 +60,7 @@ def invoke(
     layout = call.layout
     told: dict[str, Any] = {
         "call": call.name,
+        "scope": call.scope,
         **{name: np.int64(getattr(layout, name)) for name in GEOMETRY},
         **{name: np.int64(option(layout)) for name, option in call.op.options.items()},
         **attributes,

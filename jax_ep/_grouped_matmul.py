@@ -11,6 +11,7 @@ from jax_ep._grouped_products import grouped_product
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+@jax.named_scope("jax_ep.grouped_matmul")
 def grouped_matmul(
     rows: Float[Array, "capacity hidden"],
     weights: Float[Array, "num_local_experts hidden ffn_hidden"],

@@ -62,6 +62,10 @@ def library(platform: Platform) -> ctypes.CDLL:
     else:
         loaded.jax_ep_instruction_set.restype = ctypes.c_char_p
     loaded.jax_ep_log_calls.argtypes = [ctypes.c_int]
+    loaded.jax_ep_record_calls.argtypes = [ctypes.c_int]
+    loaded.jax_ep_num_records.restype = ctypes.c_int64
+    loaded.jax_ep_read_records.restype = ctypes.c_int64
+    loaded.jax_ep_read_records.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
     loaded.jax_ep_wait_timeout.restype = ctypes.c_double
     loaded.jax_ep_set_wait_timeout.restype = ctypes.c_double
     loaded.jax_ep_set_wait_timeout.argtypes = [ctypes.c_double]
@@ -114,6 +118,17 @@ def _cuda_problem(gpus: Sequence[Any]) -> str | None:
 def usable_platforms() -> list[Platform]:
     """Returns the platforms whose libraries can be loaded."""
     return [platform for platform in get_args(Platform) if library_problem(platform) is None]
+
+
+def usable_libraries() -> dict[Platform, ctypes.CDLL]:
+    """Loads all libraries that can be.
+
+    Raises:
+      NotImplementedError: there is none.
+    """
+    if not (usable := usable_platforms()):
+        raise NotImplementedError(library_problem("cpu"))
+    return {platform: library(platform) for platform in usable}
 
 
 @functools.cache

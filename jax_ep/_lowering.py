@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_ep import _fabrics, _rounds, _xla
+from jax_ep import _fabrics, _foreign, _rounds, _xla
 from jax_ep._axes import devices_by_group
 from jax_ep._call import Call, Operands
-from jax_ep._compat import concrete_mesh, vary_over, varying_axes
+from jax_ep._compat import concrete_mesh, lowered_scopes, vary_over, varying_axes
 from jax_ep._layout import Layout
 from jax_ep._library import native_platform, warn_once
 from jax_ep._ops import Op
@@ -23,19 +24,29 @@ from jax_ep._types import LoweredBinding, Platform
 FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "cuda"}
 """What lowerings for a platform are registered as."""
 
+_OURS = "jax_ep."
+_JAXS = ("checkpoint", "rematted_computation", "shard_map")
+
 Carrier: TypeAlias = Callable[[Call, Operands], list[jax.Array]]
 
 
-def register_lowerings(primitive: Any) -> None:
-    """Says how an exchange is lowered on every platform."""
-    for platform, name in FFI_PLATFORMS.items():
-        rule = functools.partial(_lower, platform)
-        mlir.register_lowering(primitive, rule, platform=name)
-    mlir.register_lowering(primitive, functools.partial(_lower, None))
+def register_lowerings(primitive: Any, unnamed: Any) -> None:
+    """Says how an exchange is lowered on every platform.
+
+    JAX lowers equal exchanges of a program once, and would tell all of them one layer's name. So
+    each is lowered by itself, and those in which nobody is told as the other primitive: of these
+    there may be much to lower.
+    """
+    for platform, name in [*FFI_PLATFORMS.items(), (None, None)]:
+        rule = functools.partial(_lower, platform, unnamed)
+        mlir.register_lowering(primitive, rule, platform=name, cacheable=False)
+        rule = functools.partial(_lower, platform, None)
+        mlir.register_lowering(unnamed, rule, platform=name)
 
 
 def _lower(
     platform: Platform | None,
+    unnamed: Any | None,
     ctx: Any,
     *nodes: Any,
     op: Op,
@@ -43,18 +54,36 @@ def _lower(
     binding: LoweredBinding,
     call: str,
 ) -> Any:
-    told = Call(op, layout, binding, call, native_platform(platform))
+    told = Call(op, layout, binding, call, native_platform(platform), scope=_scope(ctx))
     if told.binding == "vmap":
         raise ValueError(
             f"axis_name must be mapped around what is compiled: {layout.axis_name!r} of "
             f"{layout.num_ranks} ranks is the axis of a jax.vmap; got a part of it alone."
         )
     told, carrier = _choose(told, concrete_mesh(ctx))
+    if unnamed is not None and not _is_told_names(carrier):
+        params = {"op": op, "layout": layout, "binding": binding, "call": call}
+        bind = functools.partial(unnamed.bind, **params)
+        return mlir.lower_fun(bind, multiple_results=True)(ctx, *nodes)
 
     def run(*operands: jax.Array) -> list[jax.Array]:
         return carrier(told, Operands.of(op, operands))
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *nodes)
+
+
+def _is_told_names(carrier: Carrier) -> bool:
+    return isinstance(carrier, functools.partial) and carrier.func is _foreign.run
+
+
+def _scope(ctx: Any) -> str:
+    """Returns the names that users gave to what is around a call of ours, as a path.
+
+    Not what JAX calls a part of its own: in a step and where it is computed again, in a gradient
+    and forward, a layer has one name.
+    """
+    names = itertools.takewhile(lambda name: not name.startswith(_OURS), lowered_scopes(ctx))
+    return "/".join(name for name in names if name not in _JAXS and not name.startswith("jit("))
 
 
 def _choose(call: Call, mesh: Any | None) -> tuple[Call, Carrier]:

@@ -18,6 +18,7 @@ from jax_ep._types import DROPPED, AxisName, Binding, Implementation, Tail
 _INT32_MAX = 2**31 - 1
 
 
+@jax.named_scope("jax_ep.make_plan")
 def make_plan(
     topk_idx: Int32[Array, "num_tokens num_topk"],
     *,

@@ -2,14 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Num
+from jaxtyping import Array, Float32, Int32, Num
 
 from jax_ep._axes import check_use, place
-from jax_ep._checks import check_positive
+from jax_ep._checks import check_array, check_positive
 from jax_ep._plan import Plan, check_plan
-from jax_ep._types import DROPPED
+from jax_ep._types import DROPPED, AxisName
 
 
+@jax.named_scope("jax_ep.load_metrics")
 def load_metrics(
     plan: Plan, *, hidden: int, dtype: jax.typing.DTypeLike
 ) -> dict[str, Num[Array, ""]]:
@@ -67,6 +68,35 @@ def load_metrics(
         "wire_bytes": row_bytes * _count_wire_rows(plan, 1),
         "node_wire_bytes": row_bytes * _count_wire_rows(plan, plan.ranks_per_node),
     }
+
+
+def count_choices(
+    topk_idx: Int32[Array, "num_tokens num_topk"], num_experts: int, *, axis_name: AxisName = None
+) -> Int32[Array, "num_experts"]:
+    """Counts how often each expert was chosen: ``expert_load`` where a plan is one of slots.
+
+    Args:
+      topk_idx: what the router chose. What is not in range does not count.
+      num_experts: experts on all ranks together.
+      axis_name: add up the tokens of all ranks along this axis or these axes; None for this
+        rank's alone.
+
+    Returns:
+      Choices of each expert.
+
+    Raises:
+      TypeError: ``topk_idx`` is no array.
+      ValueError: ``topk_idx`` is not ``[num_tokens, num_topk]``.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_ep
+      >>> jax_ep.count_choices(jnp.array([[0, 2], [2, -1]]), 3).tolist()
+      [1, 0, 2]
+    """
+    check_array("topk_idx", topk_idx, "num_tokens, num_topk")
+    experts = jnp.where(topk_idx < 0, num_experts, topk_idx).ravel()  # -1 would be the last one
+    counts = jnp.zeros_like(experts, shape=num_experts).at[experts].add(1, mode="drop")
+    return counts if axis_name is None else jax.lax.psum(counts, axis_name)
 
 
 def max_over_mean(load: Num[Array, "owners"]) -> Num[Array, ""]:

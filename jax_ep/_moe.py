@@ -27,6 +27,7 @@ from jax_ep._plan import Plan
 from jax_ep._types import AxisName, Implementation
 
 
+@jax.named_scope("jax_ep.moe")
 def moe(
     x: Float[Array, "num_tokens hidden"],
     topk_idx: Int32[Array, "num_tokens num_topk"],
@@ -86,7 +87,7 @@ def moe(
     Returns:
       The tokens' outputs in the dtype of ``x``, zero for a token with no kept choice, and the plan,
       for ``load_metrics``. Products are summed in float32. With ``balance`` the plan is one of
-      slots: ``routing.count_choices`` counts what was asked of experts. With several chunks
+      slots: ``count_choices`` counts what was asked of experts. With several chunks
       the plan's arrays have a leading axis of chunks: ``jax.vmap`` goes through it.
 
     Raises:

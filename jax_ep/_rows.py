@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
@@ -27,6 +28,7 @@ class RowSources(NamedTuple):
     k: Int32[Array, "capacity"]
 
 
+@jax.named_scope("jax_ep.row_experts")
 def row_experts(plan: Plan) -> Int32[Array, "capacity"]:
     """Returns the local expert of each row, for what differs by expert and not by group.
 
@@ -60,6 +62,7 @@ def row_experts(plan: Plan) -> Int32[Array, "capacity"]:
     return jnp.where(row - start < rows[expert], expert, DROPPED)
 
 
+@jax.named_scope("jax_ep.row_sources")
 def row_sources(plan: Plan) -> RowSources:
     """Returns which choice of which token of which rank each row is for.
 
@@ -88,6 +91,7 @@ def row_sources(plan: Plan) -> RowSources:
     return RowSources(*(jnp.where(choice == DROPPED, DROPPED, index) for index in indices))
 
 
+@jax.named_scope("jax_ep.row_weights")
 def row_weights(
     topk_weights: Float32[Array, "num_tokens num_topk"], plan: Plan
 ) -> Float32[Array, "capacity"]:

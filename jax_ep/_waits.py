@@ -3,7 +3,7 @@
 import ctypes
 
 from jax_ep._checks import check_seconds
-from jax_ep._library import library, library_problem, register_handlers, usable_platforms
+from jax_ep._library import library, register_handlers, usable_libraries, usable_platforms
 
 
 def set_wait_timeout(seconds: float) -> float:
@@ -32,7 +32,9 @@ def set_wait_timeout(seconds: float) -> float:
       NotImplementedError: the native library cannot be loaded, so nothing would wait.
     """
     check_seconds("seconds", seconds, 0.001)
-    before, *_ = [loaded.jax_ep_set_wait_timeout(float(seconds)) for loaded in _libraries()]
+    before, *_ = [
+        loaded.jax_ep_set_wait_timeout(float(seconds)) for loaded in usable_libraries().values()
+    ]
     return before
 
 
@@ -57,14 +59,8 @@ def log_calls(enabled: bool) -> bool:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be a bool; got {enabled!r}.")
-    before, *_ = [loaded.jax_ep_log_calls(int(enabled)) for loaded in _libraries()]
+    before, *_ = [loaded.jax_ep_log_calls(int(enabled)) for loaded in usable_libraries().values()]
     return bool(before)
-
-
-def _libraries() -> list[ctypes.CDLL]:
-    if not (usable := usable_platforms()):
-        raise NotImplementedError(library_problem("cpu"))
-    return [library(platform) for platform in usable]
 
 
 def end_at(phase: int, exchanges: int, signal: int) -> None:

@@ -12,6 +12,7 @@ from jax_ep._checks import check_array, check_dtype, check_positive, check_shape
 from jax_ep._types import AxisName
 
 
+@jax.named_scope("jax_ep.routing.softmax_topk")
 def softmax_topk(
     logits: Float[Array, "*tokens num_experts"], num_topk: int, *, renormalize: bool = True
 ) -> tuple[Int32[Array, "*tokens num_topk"], Float32[Array, "*tokens num_topk"]]:
@@ -50,6 +51,7 @@ def softmax_topk(
     return topk_idx, jnp.exp(chosen_logits - log_total)
 
 
+@jax.named_scope("jax_ep.routing.sigmoid_topk")
 def sigmoid_topk(
     logits: Float[Array, "*tokens num_experts"],
     bias: Float[Array, "num_experts"],
@@ -123,6 +125,7 @@ def _mask_groups(biased: jax.Array, num_groups: int, topk_groups: int) -> jax.Ar
     return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(biased.shape)
 
 
+@jax.named_scope("jax_ep.routing.load_balance_loss")
 def load_balance_loss(
     probs: Float[Array, "*tokens num_experts"],
     topk_idx: Int32[Array, "*tokens num_topk"],
@@ -171,6 +174,7 @@ def load_balance_loss(
     return scale * jnp.sum(choices * prob_sum)
 
 
+@jax.named_scope("jax_ep.routing.router_z_loss")
 def router_z_loss(
     logits: Float[Array, "*tokens num_experts"],
     *,
@@ -211,29 +215,7 @@ def router_z_loss(
     return total / jnp.maximum(_sum_over(jnp.sum(where, dtype=jnp.float32), axis_name), 1.0)
 
 
-def count_choices(
-    topk_idx: Int32[Array, "num_tokens num_topk"], num_experts: int, *, axis_name: AxisName = None
-) -> Int32[Array, "num_experts"]:
-    """Counts how often each expert was chosen: ``expert_load`` where a plan is one of slots.
-
-    Args:
-      topk_idx: what the router chose. What is not in range does not count.
-      num_experts: experts on all ranks together.
-      axis_name: add up the tokens of all ranks along this axis or these axes.
-
-    Returns:
-      Choices of each expert.
-
-    Raises:
-      TypeError: ``topk_idx`` is no array.
-      ValueError: ``topk_idx`` is not ``[num_tokens, num_topk]``.
-    """
-    check_array("topk_idx", topk_idx, "num_tokens, num_topk")
-    experts = jnp.where(topk_idx < 0, num_experts, topk_idx).ravel()  # -1 would be the last one
-    counts = jnp.zeros_like(experts, shape=num_experts).at[experts].add(1, mode="drop")
-    return _sum_over(counts, axis_name)
-
-
+@jax.named_scope("jax_ep.routing.update_router_bias")
 def update_router_bias(
     bias: Float[Array, "num_experts"], expert_load: Num[Array, "num_experts"], rate: float
 ) -> Float[Array, "num_experts"]:

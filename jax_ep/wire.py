@@ -22,6 +22,7 @@ from jax_ep._types import Implementation
 _WIDE_DTYPES = ("bfloat16", "float16", "float32")
 
 
+@jax.named_scope("jax_ep.wire.encode")
 def encode(
     x: Float[Array, "*lead hidden"],
     dtype: jax.typing.DTypeLike = "float8_e4m3fn",
@@ -72,6 +73,7 @@ def encode(
     return encode_alone(encoding, x)
 
 
+@jax.named_scope("jax_ep.wire.decode")
 def decode(
     rows: Float[Array, "*lead hidden"],
     scales: Float32[Array, "*lead num_blocks"],
@@ -115,6 +117,7 @@ def decode(
     return decode_rows(rows, scales, jnp.dtype(dtype), block=block)
 
 
+@jax.named_scope("jax_ep.wire.dispatch")
 def dispatch(
     x: Float[Array, "num_tokens hidden"],
     plan: Plan,
@@ -163,6 +166,7 @@ def dispatch(
     return rows
 
 
+@jax.named_scope("jax_ep.wire.combine")
 def combine(
     rows: Float[Array, "capacity hidden"],
     plan: Plan,

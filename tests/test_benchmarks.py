@@ -180,3 +180,11 @@ def test_own_parts_of_plans_are_timed():
     _, *records = records_of(run("bench_own_plan.py", "--quick"))
     assert {record["num_ranks"] for record in records} == {64, 128}
     assert len({record["from"] for record in records}) == 3
+
+
+@pytest.mark.once
+def test_what_recording_costs_is_timed():
+    require("native")
+    _, *records = records_of(run("bench_record.py", "--quick"))
+    assert [record["runs"] for record in records] == [4, 4, 4]
+    assert all(record["on_ms"] > 0 for record in records)

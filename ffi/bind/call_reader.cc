@@ -131,20 +131,23 @@ Whereabouts CallReader::ReadWhereabouts() {
       .group = Operand<std::int32_t>("group", stacked),
       .num_stacked = stacked,
       .num_ranks = Attribute("num_ranks"),
-      .call = ReadCallName(),
+      .call = Text("call", "exchange"),
   };
+  if (is_asked()) Scope();
   if (failed()) return where;
   Require(stacked == 1 || stacked == where.num_ranks, "as many ranks as stacked");
   return where;
 }
 
-const char* BufferReader::ReadCallName() {
+const char* CallReader::Scope() { return Text("scope", ""); }
+
+const char* BufferReader::Text(const char* name, const char* otherwise) {
   if (asked_ != nullptr) {
-    asked_->attributes.insert("call");
-    return "exchange";
+    asked_->attributes.insert(name);
+    return otherwise;
   }
-  const auto call = attributes_.get<std::string_view>("call");
-  return Interned(call.has_value() ? *call : "exchange");
+  const auto text = attributes_.get<std::string_view>(name);
+  return Interned(text.has_value() ? *text : otherwise);
 }
 
 void BufferReader::Require(bool holds, const char* what) {

@@ -111,7 +111,9 @@ class BufferReader {
   ffi::Error error() const { return ffi::Error::InvalidArgument("jax_ep: " + *error_); }
 
  protected:
-  const char* ReadCallName();
+  bool is_asked() const { return asked_ != nullptr; }
+  // A text, never freed; or the other one, if it is not there.
+  const char* Text(const char* name, const char* otherwise);
   void* Checked(const Tensor& tensor, const char* name, ffi::DataType type,
                 std::int64_t elements);
 
@@ -136,6 +138,9 @@ class CallReader : public BufferReader {
       : BufferReader(asked), where_(ReadWhereabouts()) {}
 
   const Whereabouts& where() const { return where_; }
+
+  // The layer's name in the program; never freed.
+  const char* Scope();
 
  private:
   Whereabouts ReadWhereabouts();

@@ -15,7 +15,7 @@ from jax_ep import routing
 from jax_ep._balance import Balance
 from jax_ep._fp8 import encoded_bytes
 from jax_ep._layout import suggest_capacity
-from jax_ep._metrics import load_metrics, max_over_mean, rank_load
+from jax_ep._metrics import count_choices, load_metrics, max_over_mean, rank_load
 from jax_ep._moe import moe
 from jax_ep._plan import Plan
 from jax_ep._types import DROPPED
@@ -181,7 +181,7 @@ def _global_metrics(
     load = jax.lax.psum(load, others) if others else load
     expert_load = load
     if plan.num_experts != config.num_experts:  # A plan of slots, which are not experts.
-        expert_load = routing.count_choices(topk_idx, config.num_experts, axis_name=axes)
+        expert_load = count_choices(topk_idx, config.num_experts, axis_name=axes)
     num_choices = jnp.maximum(jnp.sum(expert_load), 1).astype(jnp.float32)
     return {
         "expert_load": expert_load,

@@ -48,7 +48,8 @@ void CheckSays(const std::string& part) {
 }
 
 constexpr char kGeometry[] =
-    R"("capacity", "members", "num_experts", "num_ranks", "num_tokens", "num_topk")";
+    R"("capacity", "members", "num_experts", "num_ranks", "num_tokens", "num_topk", )"
+    R"("scope")";
 constexpr char kPlan[] =
     R"("group_sizes", "kept", "expert_load", "recv_counts", "num_dropped", "send_rank", )"
     R"("send_row", "recv_choice", "recv_row", "group_rows", "fingerprint")";

@@ -18,6 +18,7 @@
 #include "bind/process/process.h"
 #include "cpu/plan_fault.h"
 #include "fabric/threads/meeting.h"
+#include "fabric/threads/recorder.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
@@ -114,6 +115,7 @@ void Meet(const std::shared_ptr<PendingCall<Op>>& pending, CallReader& reader,
   if (reader.failed()) return pending->promise.SetError(reader.error());
   Attendance attendance = AttendanceOf(pending, reader.where(), arrival);
   attendance.schedule = ScheduleOn(pool);
+  if (RecordsCalls()) attendance.scope = reader.Scope();
   prepare(arrival, attendance);
   if (reader.failed()) return pending->promise.SetError(reader.error());
   ProcessMeetingPoint().Attend(attendance);

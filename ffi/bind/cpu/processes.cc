@@ -64,7 +64,8 @@ std::shared_ptr<const Span> FindSpan(const Arrival& arrival, CallReader& reader,
              .here = ProcessIndex(),
              .site = agreed->number,
              .first_run = agreed->first_run,
-             .relay = ProcessHost()->ChannelOf(run.process_of, run.group)});
+             .relay = ProcessHost()->ChannelOf(run.process_of, run.group),
+             .group = run.group});
   });
 }
 
@@ -119,6 +120,7 @@ void SpanProcesses(const std::shared_ptr<PendingCall<Op>>& pending,
     return works;
   };
   attendance.span = std::move(span);
+  attendance.fabric = "processes";
 }
 
 // A group that lies in this process meets as its ranks do on the fabric of devices.

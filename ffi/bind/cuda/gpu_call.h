@@ -20,6 +20,7 @@
 #include "bind/process/process.h"
 #include "fabric/gpus/stream_exchange.h"
 #include "fabric/threads/meeting.h"
+#include "fabric/threads/recorder.h"
 
 namespace jax_ep {
 
@@ -92,6 +93,7 @@ Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) 
   arrival.group = FindGroup(reader, arrival.device, *role);
   if (reader.failed()) return NotLaunched(reader.error());
   const auto made = MakeCall<Op>(std::move(call), where, arrival, add_span);
+  if (RecordsCalls()) made->on_stream.attendance.scope = reader.Scope();
   return OnLaunchThread(arrival.stream, [made] {
     return ErrorOf(ExchangeOnStreams(ProcessMeetingPoint(), made->on_stream));
   });

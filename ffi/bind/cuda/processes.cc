@@ -45,7 +45,8 @@ std::shared_ptr<const Span> MakeSpan(const GpuArrival& arrival) {
                                            .here = ProcessIndex(),
                                            .site = arrival.site->number,
                                            .first_run = arrival.run.run_id,
-                                           .relay = std::move(relay)});
+                                           .relay = std::move(relay),
+                                           .group = arrival.group.id});
 }
 
 // A group that lies in this process exchanges as on the fabric of devices.

@@ -99,6 +99,7 @@ void MeetPeers(MeetingPoint& point, Attendance attendance,
     outcome->failure = failure;
     outcome->told.Set(1);
   };
+  attendance.fabric = "launches";
   attendance.schedule = nullptr;  // each rank goes on by itself, and takes little time
   point.Attend(attendance);
   // Whoever carries the exchange tells everybody in time.

@@ -22,6 +22,7 @@
 #include "fabric/processes/shared_print.h"
 #include "fabric/processes/window.h"
 #include "fabric/processes/window_buffers.h"
+#include "fabric/threads/recorder.h"
 #include "fabric/threads/report.h"
 #include "fabric/work/cores.h"
 
@@ -83,7 +84,7 @@ void Channel::Serve() {
     Failure failure;
     const std::shared_ptr<Meeting> meeting = NextMeeting(failure);
     if (meeting == nullptr && !failure) return;  // the channel ends
-    if (meeting != nullptr) meeting->LogEpoch(epoch_);
+    if (meeting != nullptr) meeting->NoteEpoch(epoch_, named_);
     if (!failure) failure = Exchange(*meeting);
     if (failure) {
       GiveUp(*failure, {meeting});
@@ -150,6 +151,7 @@ Channel::Failure Channel::NameExchange(ExchangeName& name) {
       },
       "named the exchange");
   if (failure) return failure;
+  named_ = RecordsCalls() ? SteadyNow() : 0;
   name = leader.words().names[HalfOf(epoch_)];
   Enter(Phase::kMeeting);
   return std::nullopt;
@@ -203,8 +205,9 @@ Channel::Failure Channel::Exchange(Meeting& meeting) {
   if (Failure failure = AwaitOthers(meeting)) return failure;
   if (Failure failure = FillTables(meeting)) return failure;
   Enter(Phase::kPulling);
-  meeting.LogBeginning();
+  meeting.NoteBeginning();
   RunTogether(std::move(meeting.works), options_.schedule, options_.max_threads);
+  meeting.NoteEnd();
   ProcessWords& own = own_->words();
   // Releases the half: all reads of it have ended.
   own.finished.store(epoch_, std::memory_order_release);
@@ -241,6 +244,7 @@ Channel::Failure Channel::Publish(const Meeting& meeting) {
   ProcessWords& own = own_->words();
   own.prints[half] = Share(meeting.print, meeting.shared_bytes);
   own.published.store(epoch_, std::memory_order_release);
+  if (meeting.recording) meeting.recording->NotePublished();
   Enter(Phase::kAwaiting);
   return std::nullopt;
 }
@@ -259,6 +263,7 @@ Channel::Failure Channel::AwaitOthers(const Meeting& meeting) {
     if (theirs != print) {
       return MismatchTrouble(Now(), print, neighbor->process(), theirs);
     }
+    if (meeting.recording) meeting.recording->NoteSeen(neighbor->process());
   }
   return std::nullopt;
 }

@@ -94,6 +94,7 @@ class Channel : public Relay {
   bool is_connected_ = false;
   Epoch epoch_ = 0;  // of the exchange at hand
   Phase phase_ = Phase::kIdle;
+  std::int64_t named_ = 0;  // when the leader had named it, if calls are recorded
   Clock::time_point deadline_;
   std::chrono::duration<double> timeout_{};
 

@@ -75,6 +75,7 @@ struct Span {
   std::int64_t site;                     // the call's, the same in all processes
   std::int64_t first_run;                // the run in which they agreed on it
   std::shared_ptr<Relay> relay;
+  std::int64_t group = 0;  // which ranks these are, the same in all processes
 
   bool IsHere(std::int64_t rank) const {
     return process_of[static_cast<std::size_t>(rank)] == here;
@@ -106,6 +107,9 @@ struct Attendance {
   MakePublication make_publication = nullptr;
   // If calls are logged: what is to know when its peers have come.
   std::shared_ptr<LoggedCall> log = nullptr;
+  // For records of calls: the layer's name in the program, and who meets. Never freed.
+  const char* scope = "";
+  const char* fabric = "devices";
 };
 
 }  // namespace jax_ep

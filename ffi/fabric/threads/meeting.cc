@@ -16,6 +16,8 @@
 
 #include "fabric/threads/call_log.h"
 #include "fabric/threads/describe.h"
+#include "fabric/threads/recorder.h"
+#include "fabric/threads/recording.h"
 #include "fabric/threads/report.h"
 
 namespace jax_ep {
@@ -113,20 +115,32 @@ std::optional<std::string> Meeting::Mismatch(const Attendance& attendance) const
                           CallerOf(attendance.rank, attendance.print, theirs));
 }
 
-void Meeting::NotePresent(const Attendance& attendance) {
+void Meeting::NotePresent(const Attendance& attendance, std::int64_t came) {
   const auto rank = static_cast<std::size_t>(attendance.rank);
   present[rank] = true;
   ++num_present;
   done[rank] = attendance.done;
   if (attendance.log) logged.push_back(attendance.log);
+  if (num_present == 1 && came != 0) {
+    recording = std::make_shared<Recording>(attendance, num_expected);
+  }
+  if (recording == nullptr) return;
+  recording->NoteArrival(attendance.rank, came);
+  done[rank] = Noted(recording, std::move(done[rank]));
 }
 
-void Meeting::LogEpoch(std::uint64_t epoch) const {
+void Meeting::NoteEpoch(std::uint64_t epoch, std::int64_t named) const {
   for (const auto& call : logged) call->NoteEpoch(epoch);
+  if (recording) recording->NoteEpoch(epoch, named);
 }
 
-void Meeting::LogBeginning() const {
+void Meeting::NoteBeginning() const {
   for (const auto& call : logged) call->NoteBeginning();
+  if (recording) recording->NoteBeginning();
+}
+
+void Meeting::NoteEnd() const {
+  if (recording) recording->NoteEnd();
 }
 
 void Meeting::TakeWorks(const Attendance& attendance) {
@@ -168,17 +182,18 @@ std::chrono::duration<double> MeetingPoint::timeout() const {
 }
 
 void MeetingPoint::Attend(const Attendance& attendance) {
+  const std::int64_t came = RecordsCalls() ? SteadyNow() : 0;
   if (LogsCalls()) {
-    TakePart(Logged(attendance));
+    TakePart(Logged(attendance), came);
   } else {
-    TakePart(attendance);
+    TakePart(attendance, came);
   }
 }
 
-void MeetingPoint::TakePart(const Attendance& attendance) {
+void MeetingPoint::TakePart(const Attendance& attendance, std::int64_t came) {
   std::unique_lock lock(mutex_);
   const std::shared_ptr<Meeting> meeting = Join(attendance);
-  meeting->NotePresent(attendance);
+  meeting->NotePresent(attendance, came);
   std::vector<Notice> notices;
   if (meeting->failure) {
     notices = Fail(*meeting, *meeting->failure);
@@ -199,11 +214,14 @@ void MeetingPoint::TakePart(const Attendance& attendance) {
     meeting->span->relay->Take(meeting);
     return;
   }
-  meeting->LogBeginning();
+  meeting->NoteBeginning();
   RunTogether(std::move(meeting->works), attendance.schedule);
-  meeting->done.erase(meeting->done.begin() + attendance.rank);
+  meeting->NoteEnd();
+  const auto own = meeting->done.begin() + attendance.rank;
+  const Done tell_own = std::move(*own);
+  meeting->done.erase(own);
   TellAll(std::move(meeting->done), attendance.schedule);
-  attendance.done(std::nullopt);
+  tell_own(std::nullopt);
 }
 
 // The oldest meeting of this key that the rank has not been to: in a loop, each rank

@@ -20,6 +20,7 @@
 #include "common/work.h"
 #include "fabric/threads/attendance.h"
 #include "fabric/threads/call_log.h"
+#include "fabric/threads/recording.h"
 #include "fabric/work/work_share.h"
 
 namespace jax_ep {
@@ -36,14 +37,15 @@ struct Meeting {
   // Returns how a rank's call differs from that of the first, if it does.
   std::optional<std::string> Mismatch(const Attendance& attendance) const;
 
-  // Takes what a rank brings: that it is there, and, where it fits, its buffers and
-  // works.
-  void NotePresent(const Attendance& attendance);
+  // Takes what a rank brings: that it is there, since when if calls are recorded and
+  // else 0; and, where it fits, its buffers and works.
+  void NotePresent(const Attendance& attendance, std::int64_t came);
   void TakeWorks(const Attendance& attendance);
 
-  // For the log of those that it holds.
-  void LogEpoch(std::uint64_t epoch) const;
-  void LogBeginning() const;
+  // For the logs of those that it holds, and for its recording.
+  void NoteEpoch(std::uint64_t epoch, std::int64_t named) const;
+  void NoteBeginning() const;
+  void NoteEnd() const;
 
   void SetBuffer(std::size_t lent, std::size_t rank, const void* data) {
     buffers[lent * present.size() + rank] = data;
@@ -77,6 +79,7 @@ struct Meeting {
   std::vector<MakePublication> publications;
   std::vector<Done> done;
   std::vector<std::shared_ptr<LoggedCall>> logged;  // of those that came
+  std::shared_ptr<Recording> recording;             // or null
   std::optional<std::string> failure;
 };
 
@@ -123,7 +126,7 @@ class MeetingPoint {
 
   using Notice = Meeting::Notice;
 
-  void TakePart(const Attendance& attendance);
+  void TakePart(const Attendance& attendance, std::int64_t came);
   std::shared_ptr<Meeting> Join(const Attendance& attendance);
   std::vector<Notice> Fail(Meeting& meeting, const std::string& failure);
   void Forget(const Meeting& meeting);
