@@ -8,11 +8,12 @@ Runs on eight CPU devices, or on the accelerators that JAX finds::
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if "XLA_FLAGS" not in os.environ:
     # Before JAX starts: it reads this once.
@@ -24,7 +25,8 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from moe_lm import report, sampling, text, timing, training
+import jax_ep
+from moe_lm import meshes, report, sampling, text, timing, training
 from moe_lm.model import Config
 
 _STEPS = flags.DEFINE_integer("steps", 240, "Steps of training.", lower_bound=1)
@@ -74,27 +76,32 @@ _OUTPUT_DIR = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "Fixes parameters, batches and samples.")
 
 
-def parse_mesh(mesh: str | None, num_devices: int) -> tuple[int, int]:
-    """Returns how many devices lie along the data and the expert axis.
+_TRACE = flags.DEFINE_string(
+    "trace", None, "A .npy file for the first layer's choices in a step, for benchmarks."
+)
 
-    Args:
-      mesh: both numbers, as in ``"2x4"``; None for all devices, two along data where they are even
-        and more than two.
-      num_devices: how many there are.
+RECORDED_STEPS = 20
+"""How many steps at the end are recorded, for who waits for whom."""
 
-    Raises:
-      ValueError: ``mesh`` is not two positive numbers, or they ask for more devices than there are.
+
+class Trained(NamedTuple):
+    """What training leaves.
+
+    Attributes:
+      config: what the model has become, which is balanced in the end.
+      graph: its structure.
+      state: its state, and the optimizer's.
+      history: what every step reported.
+      step_seconds: how long a step takes.
+      trace: the exchanges of the last steps, as native code recorded them.
     """
-    if mesh is None:
-        data = 2 if num_devices > 2 and num_devices % 2 == 0 else 1
-        return data, num_devices // data
-    sizes = mesh.split("x")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--mesh must be two positive numbers, as in 2x4; got {mesh!r}.")
-    data, expert = (int(size) for size in sizes)
-    if data * expert > num_devices:
-        raise ValueError(f"--mesh must not exceed the {num_devices} devices; got {mesh!r}.")
-    return data, expert
+
+    config: Config
+    graph: nnx.GraphDef
+    state: training.State
+    history: report.History
+    step_seconds: float
+    trace: jax_ep.Trace
 
 
 def make_config() -> Config:
@@ -136,16 +143,28 @@ def main(argv: list[str]) -> None:
             seed=_SEED.value,
         )
         first_balanced = balanced_from(config)
-        config, graph, state, history, step_seconds = train(config, graph, state, corpus, mesh)
-        model, _ = nnx.merge(graph, state)
+        trained = train(config, graph, state, corpus, mesh)
+        config, history = trained.config, trained.history
+        model, _ = nnx.merge(trained.graph, trained.state)
         held_out_loss, moe_inputs = measure(model, corpus, mesh)
         print_losses(history, held_out_loss, entropy)
+        if (path := _TRACE.value) is not None:
+            np.save(path, training.choices(model, moe_inputs[0])[None])
         if config.implementation != "dense":
             parts = timing.time_layers(config, model, moe_inputs, mesh)
             print(f"\nA step, and the parts of its {config.num_layers} expert layers on their own,")
-            print(f"forward and backward:\n{report.format_shares(parts, step_seconds)}")
+            print(f"forward and backward:\n{report.format_shares(parts, trained.step_seconds)}")
         print_sample(model, corpus, mesh)
-    save_picture(config, mesh, history, held_out_loss, entropy, first_balanced)
+    picture = report.Picture(
+        title=(
+            f"A byte-level MoE transformer on Python's own source: {config.num_experts} experts, "
+            f"{config.num_topk} per byte, mesh {' x '.join(map(str, mesh.shape.values()))}"
+        ),
+        held_out_loss=held_out_loss,
+        entropy=entropy,
+        balanced_from=first_balanced,
+    )
+    save(picture, trained)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -155,7 +174,7 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
       app.UsageError: the mesh, the batch, the experts or the heads do not fit one another.
     """
     try:
-        shape = parse_mesh(_MESH.value, jax.device_count())
+        shape = meshes.parse_mesh(_MESH.value, jax.device_count())
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     num_devices = shape[0] * shape[1]
@@ -188,17 +207,21 @@ def train(
     state: training.State,
     corpus: text.Corpus,
     mesh: jax.sharding.Mesh,
-) -> tuple[Config, nnx.GraphDef, training.State, report.History, float]:
-    """Returns what was trained in the end, what every step reported, and how long a step takes."""
+) -> Trained:
+    """Trains for all steps, and records the last ones."""
     step = training.compile_step(graph, state, config)
     rng = np.random.default_rng(_SEED.value)
     history, seconds = [], []
     progress = tqdm(range(_STEPS.value), desc="compiling", unit="step", dynamic_ncols=True)
+    recording, trace = contextlib.ExitStack(), jax_ep.Trace()
     for number in progress:
         if number == balanced_from(config):
             progress.set_description("compiling")
             config, graph = training.balanced(config, graph, state)
             step = training.compile_step(graph, state, config)
+        if number == max(0, _STEPS.value - RECORDED_STEPS):
+            with contextlib.suppress(NotImplementedError):  # Without native code nobody records.
+                trace = recording.enter_context(jax_ep.record())
         batch = text.draw_windows(corpus.train, rng, _BATCH.value, _SEQ_LEN.value + 1)
         start = time.perf_counter()
         state, metrics = step(state, training.put_batch(batch, mesh))
@@ -213,9 +236,10 @@ def train(
             f"busiest expert {metrics.max_over_mean.max():.1f}, "
             f"device {metrics.busiest_rank.max():.2f} of the mean"
         )
+    recording.close()
     stacked = report.History(*(np.stack(values) for values in zip(*history, strict=True)))
     # The first step of each kind compiles.
-    return config, graph, state, stacked, statistics.median(seconds[-50:])
+    return Trained(config, graph, state, stacked, statistics.median(seconds[-50:]), trace)
 
 
 def measure(
@@ -255,28 +279,16 @@ def print_sample(model: training.Transformer, corpus: text.Corpus, mesh: jax.sha
     print(f"\n--- the model goes on\n{report.format_text(sample)}\n---")
 
 
-def save_picture(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    history: report.History,
-    held_out_loss: float,
-    entropy: float,
-    first_balanced: int,
-) -> None:
-    """Writes ``train_moe_lm.png`` and prints where."""
-    path = Path(_OUTPUT_DIR.value) / "train_moe_lm.png"
-    report.save_picture(
-        path,
-        title=(
-            f"A byte-level MoE transformer on Python's own source: {config.num_experts} experts, "
-            f"{config.num_topk} per byte, mesh {' x '.join(map(str, mesh.shape.values()))}"
-        ),
-        history=history,
-        held_out_loss=held_out_loss,
-        entropy=entropy,
-        balanced_from=first_balanced,
-    )
+def save(picture: report.Picture, trained: Trained) -> None:
+    """Writes the picture and the trace, and prints where."""
+    folder = Path(_OUTPUT_DIR.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, trace = folder / "train_moe_lm.png", folder / "train_moe_lm.npz"
+    report.save_picture(path, picture, trained.history, trained.trace)
     print(f"picture: {path}")
+    if len(trained.trace):
+        trained.trace.save(trace)
+        print(f"who waited for whom: python -m jax_ep report {trace}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ flagsaver = pytest.importorskip("absl.testing.flagsaver", reason="likewise")
 # A program and its parts, not an installed package.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 program = importlib.import_module("train_moe_lm")
-model, report, text, training = (
-    importlib.import_module(f"moe_lm.{name}") for name in ("model", "report", "text", "training")
+meshes, model, report, text, training = (
+    importlib.import_module(f"moe_lm.{name}")
+    for name in ("meshes", "model", "report", "text", "training")
 )
 DenseMoE = importlib.import_module("moe_lm.dense").DenseMoE
 
@@ -174,13 +175,13 @@ def test_entropy_and_windows():
     ],
 )
 def test_mesh(mesh, num_devices, want):
-    assert program.parse_mesh(mesh, num_devices) == want
+    assert meshes.parse_mesh(mesh, num_devices) == want
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x-4", "0x8", "2x2x2", "axb"])
 def test_a_mesh_that_is_none(mesh):
     with pytest.raises(ValueError, match=f"--mesh must be two positive numbers.*got '{mesh}'"):
-        program.parse_mesh(mesh, 8)
+        meshes.parse_mesh(mesh, 8)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,10 @@ def test_no_capacity_factor_is_no_limit(parsed_flags):
 
 def test_a_whole_run_shows_what_it_promises(parsed_flags, corpus, tmp_path, capsys):
     small = SMALL | {"num_layers": 1, "batch": 8, "seq_len": 16, "steps": 3, "sample_bytes": 40}
-    with flagsaver.flagsaver(**small, max_bytes=1_000_000, output_dir=str(tmp_path / "new")):
+    with (
+        flagsaver.flagsaver(**small, max_bytes=1_000_000, output_dir=str(tmp_path / "new")),
+        flagsaver.flagsaver(trace=str(tmp_path / "t.npy")),
+    ):
         program.main(["train_moe_lm.py"])
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -225,6 +229,9 @@ def test_a_whole_run_shows_what_it_promises(parsed_flags, corpus, tmp_path, caps
         "0.0%",
         "1.00",
     )
+    assert np.load(tmp_path / "t.npy").shape == (1, 8 * 16, 2)
+    trace = jax_ep.Trace.load(tmp_path / "new" / "train_moe_lm.npz")
+    assert {"make_plan", "dispatch", "combine", "dispatch (gradient)"} <= set(trace.ops)
     assert (tmp_path / "new" / "train_moe_lm.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,6 +11,9 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import jax_ep
+
+_MATRICES = 3
 _INK, _BLUE, _ORANGE, _GREY = "#1f2933", "#2364aa", "#d9541e", "#7b8794"
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
@@ -38,6 +41,22 @@ class History(NamedTuple):
     dropped: Float[np.ndarray, "num_steps num_layers"]
 
 
+class Picture(NamedTuple):
+    """What a picture says besides what it draws.
+
+    Attributes:
+      title: what was trained.
+      held_out_loss: bits per byte of text not trained on, at the end.
+      entropy: bits per byte of the text when only byte frequencies are known.
+      balanced_from: the first step in which devices borrowed experts.
+    """
+
+    title: str
+    held_out_loss: float
+    entropy: float
+    balanced_from: int
+
+
 def format_shares(parts: dict[str, float], step: float) -> str:
     """Lays out what each part takes of a step, in milliseconds and per cent."""
     rows = [*parts.items(), ("the rest", step - sum(parts.values())), ("whole step", step)]
@@ -53,38 +72,60 @@ def format_text(text: bytes) -> str:
     return "".join(c if c.isprintable() or c == "\n" else unknown for c in decoded)
 
 
-def save_picture(
-    path: Path,
-    history: History,
-    *,
-    title: str,
-    held_out_loss: float,
-    entropy: float,
-    balanced_from: int,
-) -> None:
-    """Draws the loss, loads of experts and of devices, and the drops over the steps of training.
+def save_picture(path: Path, picture: Picture, history: History, trace: jax_ep.Trace) -> None:
+    """Draws the loss, loads of experts and of devices, drops, and who waits for whom.
 
     Args:
       path: where to write the PNG.
-      history: what to draw.
-      title: what was trained.
-      held_out_loss: bits per byte of text not trained on, at the end.
-      entropy: bits per byte of the text when only byte frequencies are known.
-      balanced_from: the first step in which devices borrowed experts.
+      picture: what to say besides.
+      history: what to draw over the steps of training.
+      trace: whose waits to draw; none are if it is empty.
     """
     # Made without pyplot, a figure needs no window system.
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 9), dpi=110, layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        loss_axes, load_axes, rank_axes, drop_axes = figure.subplots(
+        figure = Figure(figsize=(9, 12 if len(trace) else 9), dpi=100, layout="constrained")
+        parts: Any = [figure]
+        if len(trace):
+            parts = figure.subfigures(2, 1, height_ratios=[9, 3])
+            _draw_waits(parts[1], trace)
+        loss_axes, load_axes, rank_axes, drop_axes = parts[0].subplots(
             4, 1, sharex=True, height_ratios=[4, 4, 1.6, 1.6]
         )
-        _draw_losses(loss_axes, history.loss, held_out_loss, entropy)
+        parts[0].suptitle(picture.title, x=0.01, ha="left", fontsize=12)
+        _draw_losses(loss_axes, history.loss, picture.held_out_loss, picture.entropy)
         _draw_load(load_axes, history.expert_load)
-        _draw_ranks(rank_axes, history.busiest_rank.mean(axis=1), balanced_from)
+        _draw_ranks(rank_axes, history.busiest_rank.mean(axis=1), picture.balanced_from)
         _draw_drops(drop_axes, history.dropped.mean(axis=1))
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
+
+
+def _draw_waits(figure: Any, trace: jax_ep.Trace) -> None:
+    """Draws how long devices wait for each other in a call, for the ops that wait most."""
+    waits, calls = trace.waits(), trace.calls()["op"]
+    most = np.argsort(-waits.sum(axis=(1, 2)), kind="stable")[:_MATRICES]
+    means = {
+        op: 1e3 * waits[i] / np.sum(calls == op) for i, op in enumerate(trace.ops) if i in most
+    }
+    top = max(float(mean.max()) for mean in means.values())
+    figure.suptitle(
+        "Who waits for whom in an exchange: ms a call, mean of the last steps",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        fontweight="bold",
+    )
+    all_axes = np.ravel(figure.subplots(1, len(means)))
+    for axes, (op, mean) in zip(all_axes, means.items(), strict=True):
+        axes.imshow(mean, cmap="YlOrRd", vmin=0, vmax=top)
+        axes.set_title(op, fontsize=10, fontweight="normal")
+        axes.set_xticks(range(len(mean)))
+        axes.set_yticks(range(len(mean)))
+        axes.set_xlabel("for device")
+        for (i, j), value in np.ndenumerate(mean):
+            if i != j:
+                ink = "white" if value > 0.6 * top else _INK
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+    all_axes[0].set_ylabel("device waits")
 
 
 def _draw_losses(axes: Axes, losses: np.ndarray, held_out_loss: float, entropy: float) -> None:

@@ -128,6 +128,19 @@ def evaluate(
     return _bits_per_byte(logits, tokens[:, 1:]), moe_inputs
 
 
+def choices(
+    model: Transformer, moe_input: Float32[Array, "batch length hidden"]
+) -> Int32[np.ndarray, "tokens num_topk"]:
+    """Returns which experts the first layer's router chooses."""
+    moe = model.blocks[0].moe
+    logits = moe_input.reshape(-1, moe.config.hidden) @ moe.router_kernel[...]
+    if moe.config.router == "sigmoid":
+        return np.asarray(
+            routing.sigmoid_topk(logits, moe.router_bias[...], moe.config.num_topk)[0]
+        )
+    return np.asarray(routing.softmax_topk(logits, moe.config.num_topk)[0])
+
+
 def _bits_per_byte(logits: jax.Array, targets: jax.Array) -> jax.Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(losses) / math.log(2)
