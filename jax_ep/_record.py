@@ -44,8 +44,8 @@ def record() -> Iterator[Trace]:
     32,768 exchanges of up to 64 ranks each; of what went before ``Trace.num_lost`` tells. Blocks
     may be nested, and may overlap in several threads: all record all of the process.
 
-    What ranks exchange on one device is not recorded, as nobody waits there, nor is what XLA's
-    collectives carry or ``"xla"`` computes. Of GPUs it is recorded when their threads launch.
+    What XLA's collectives carry or ``"xla"`` computes is not recorded, nor what is exchanged on one
+    GPU. Of several GPUs it is recorded when their threads launch.
 
     Yields:
       The trace, which holds what was recorded when the block has been left.

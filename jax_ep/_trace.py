@@ -133,11 +133,12 @@ class Trace:
 
         Returns:
           ``op``, ``scope`` (the ``jax.named_scope`` around the call), ``fabric`` (who met:
-          ``"devices"``, ``"processes"``, or ``"launches"`` of GPUs), ``epoch`` (its number, the
-          same in all processes; 0 within one), ``num_ranks``, ``lent_bytes`` (what each rank lends
-          its peers to read); ``first_arrival`` and ``last_arrival`` in ns of the host's steady
-          clock (``time.monotonic_ns``); ``last_rank``, or -1 where not all arrivals are known; and
-          in seconds: ``gather`` until all had come, ``work`` and ``tell``, each of the process that
+          ``"devices"``, ``"processes"``, or ``"launches"`` of GPUs; nobody where ranks are
+          ``"stacked"`` on one device), ``epoch`` (its number, the same in all processes; 0 within
+          one), ``num_ranks``, ``lent_bytes`` (what each rank lends its peers to read);
+          ``first_arrival`` and ``last_arrival`` in ns of the host's steady clock
+          (``time.monotonic_ns``); ``last_rank``, or -1 where not all arrivals are known; and in
+          seconds: ``gather`` until all had come, ``work`` and ``tell``, each of the process that
           took longest, ``lateness`` [n, ranks] behind the first to come, and ``rank_work`` [n,
           ranks] of the rank's process, whose number is ``rank_process`` [n, ranks]. What is not
           known is NaN, or -1.

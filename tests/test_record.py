@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -26,8 +27,10 @@ on_cpu = pytest.mark.skipif(
 )
 
 
-def layer(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
-    plan = jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
+def layer(topk_idx: jax.Array, x: jax.Array, num_experts: int = E) -> jax.Array:
+    plan = jax_ep.make_plan(
+        topk_idx, num_experts=num_experts, axis_name=AXIS, implementation="native"
+    )
     return jax_ep.combine(jax_ep.dispatch(x, plan), plan)
 
 
@@ -132,13 +135,40 @@ def test_a_block_that_fails_is_left() -> None:
     assert len(recorded) == len(after) == 0
 
 
+@on_cpu
 def test_nobody_waits_on_one_device() -> None:
+    """All ranks come at once there, as many as there are, and work together."""
     require("native")
     with jax_ep.record() as recorded:
-        jax.block_until_ready(jax.jit(stacked(layer, R))(*args()))
-    assert len(recorded) == 0
-    assert recorded.waits().shape == (0, 0, 0)
-    assert recorded.calls()["gather"].shape == (0,)
+        run = jax.jit(stacked(functools.partial(layer, num_experts=70), 70))
+        jax.block_until_ready(run(*args(70)))
+    calls = recorded.calls()
+    assert calls["op"].tolist() == ["make_plan", "dispatch", "combine"]
+    assert calls["fabric"].tolist() == ["stacked"] * 3
+    assert (calls["lateness"] == 0).all()
+    assert (calls["work"] > 0).all()
+    assert recorded.waits().shape == (3, 70, 70)
+    assert (recorded.waits() == 0).all()
+    assert verdicts(recorded) == []
+
+
+def test_a_call_that_fails_on_one_device_is_left_out() -> None:
+    require("native")
+
+    def broken(topk_idx: jax.Array, x: jax.Array) -> jax.Array:
+        plan = jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
+        arrays = plan._arrays._replace(recv_row=plan._arrays.recv_row + 2**30)
+        return jax_ep.dispatch(x, dataclasses.replace(plan, _arrays=arrays))
+
+    with jax_ep.record() as recorded, pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(jax.jit(stacked(broken, R))(*args()))
+    assert "dispatch" not in recorded.ops
+
+
+def test_an_empty_trace() -> None:
+    assert trace().waits().shape == (0, 0, 0)
+    assert trace().calls()["gather"].shape == (0,)
+    assert len(trace()) == 0
 
 
 def test_lost_records_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

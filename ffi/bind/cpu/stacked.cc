@@ -3,12 +3,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "bind/cpu/works.h"
 #include "bind/handler_list.h"
 #include "bind/ops.h"
 #include "cpu/plan.h"
+#include "fabric/threads/recorder.h"
+#include "fabric/threads/recording.h"
 
 namespace jax_ep {
 namespace {
@@ -56,13 +59,36 @@ ffi::Error Run(PlanOp::Call& call, const Whereabouts& where, ffi::ThreadPool& po
   return ffi::Error::Success();
 }
 
+// Begins to record a call, if calls are: all of its ranks come at once.
+std::unique_ptr<Recording> BeginRecording(CallReader& reader) {
+  if (!RecordsCalls()) return nullptr;
+  Attendance all = {};
+  all.print.op = reader.where().call;
+  all.num_ranks = static_cast<std::int32_t>(reader.where().num_stacked);
+  all.scope = reader.Scope();
+  all.fabric = "stacked";
+  auto recording = std::make_unique<Recording>(all, 1);
+  const std::int64_t now = SteadyNow();
+  for (std::int32_t rank = 0; rank < all.num_ranks; ++rank) {
+    recording->NoteArrival(rank, now);
+  }
+  recording->NoteBeginning();
+  return recording;
+}
+
 template <typename Op>
 ffi::Error ExchangeStacked(ffi::ThreadPool pool, ffi::RemainingArgs operands,
                            ffi::RemainingRets results, ffi::Dictionary attributes) {
   CallReader reader(operands, results, attributes);
   typename Op::Call call = Op::Read(reader);
   if (reader.failed()) return reader.error();
-  return Run(call, reader.where(), pool);
+  const auto recording = BeginRecording(reader);
+  const ffi::Error error = Run(call, reader.where(), pool);
+  if (recording != nullptr) {
+    recording->NoteEnd();
+    recording->NoteTold(error.failure());
+  }
+  return error;
 }
 
 }  // namespace

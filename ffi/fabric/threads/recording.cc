@@ -22,10 +22,10 @@ std::int64_t NewExchange() {
 
 }  // namespace
 
-Recording::Recording(const Attendance& first, std::size_t num_here)
+Recording::Recording(const Attendance& first, std::size_t num_told)
     : span_(first.span),
       came_(static_cast<std::size_t>(first.num_ranks)),
-      num_left_(num_here) {
+      num_left_(num_told) {
   record_.exchange = NewExchange();
   record_.op = first.print.op;
   record_.scope = first.scope;

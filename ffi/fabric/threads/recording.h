@@ -1,5 +1,6 @@
 // One exchange while it is recorded: its times, as they come to be known.
-// Held by meetings, if calls are recorded when the first rank comes.
+// Held by meetings, if calls are recorded when the first rank comes; and by
+// ffi/bind/cpu where nobody waits.
 
 #ifndef JAX_EP_FFI_FABRIC_THREADS_RECORDING_H_
 #define JAX_EP_FFI_FABRIC_THREADS_RECORDING_H_
@@ -18,8 +19,8 @@ namespace jax_ep {
 // All notes but that of a rank's being told are taken one after the other.
 class Recording {
  public:
-  // For the ranks that are here, of which `first` has come.
-  Recording(const Attendance& first, std::size_t num_here);
+  // Of an exchange to which `first` has come, until so many have been told.
+  Recording(const Attendance& first, std::size_t num_told);
 
   // `when` is 0 if calls were no longer recorded: nothing of the exchange will be.
   void NoteArrival(std::int32_t rank, std::int64_t when);
