@@ -175,6 +175,16 @@ def test_processes_are_timed_and_the_bytes_between_hosts_counted():
 
 
 @pytest.mark.once
+def test_placements_are_played_through_traces():
+    _, *records = records_of(run("bench_placement.py", "--quick", "--tokens=64"))
+    assert [record["num_ranks"] for record in records] == [8] * 3
+    as_they_are, without_spares, with_spares = (record["median"] for record in records)
+    assert as_they_are > without_spares > 1
+    assert as_they_are > with_spares > 1
+    assert records[0]["moved_a_rank_and_step"] == 0 < records[1]["moved_a_rank_and_step"]
+
+
+@pytest.mark.once
 def test_own_parts_of_plans_are_timed():
     require("native")
     _, *records = records_of(run("bench_own_plan.py", "--quick"))
