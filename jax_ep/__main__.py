@@ -1,20 +1,38 @@
-"""The command line: ``python -m jax_ep info``."""
+"""The command line: ``python -m jax_ep info``, or another command."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from jax_ep._info import info
 
-
-def main() -> None:
-    """Runs the command that the arguments name."""
+def main() -> int:
+    """Runs the command that the arguments name, ``info`` without any; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_ep")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print versions, devices and which implementation serves")
-    parser.parse_args()
+    parser.set_defaults(run=_info)
+    commands = parser.add_subparsers()
+    command = commands.add_parser("info", help="print versions, devices and what serves here")
+    command.set_defaults(run=_info)
+    command = commands.add_parser("selftest", help="check exchanges on all fabrics that serve here")
+    command.set_defaults(run=_selftest)
+    arguments = parser.parse_args()
+    return arguments.run(arguments)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from jax_ep._info import info
+
+    del arguments
     print(info())
+    return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from jax_ep._selftest import selftest
+
+    del arguments
+    return 0 if selftest(lambda line: print(line, flush=True)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
