@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+
+from jax_ep import _bench
+from jax_ep._info import info
+from jax_ep._selftest import selftest
 
 
 def main() -> int:
@@ -15,23 +20,32 @@ def main() -> int:
     command.set_defaults(run=_info)
     command = commands.add_parser("selftest", help="check exchanges on all fabrics that serve here")
     command.set_defaults(run=_selftest)
+    command = commands.add_parser("bench", help="time exchanges here, beside plain copies")
+    _bench.add_arguments(command)
+    command.set_defaults(run=_time)
     arguments = parser.parse_args()
     return arguments.run(arguments)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from jax_ep._info import info
-
     del arguments
     print(info())
     return 0
 
 
 def _selftest(arguments: argparse.Namespace) -> int:
-    from jax_ep._selftest import selftest
-
     del arguments
     return 0 if selftest(lambda line: print(line, flush=True)) else 1
+
+
+def _time(arguments: argparse.Namespace) -> int:
+    try:
+        record = _bench.bench(arguments)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        print(f"jax_ep bench: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(record) if arguments.json else _bench.as_table(record))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
@@ -137,6 +139,48 @@ def dots(
     picked = rows[answer.rank[answer.kept], answer.row[answer.kept]].astype(np.float64)
     result[answer.kept] = (picked * dout[source, token].astype(np.float64)).sum(axis=-1)
     return result
+
+
+def sizes(
+    rows: Float[np.ndarray, "num_ranks capacity hidden"],
+    answer: Answer,
+    weights: Float32[np.ndarray, "num_ranks num_tokens num_topk"] | None = None,
+) -> Float[np.ndarray, "num_ranks num_tokens hidden"]:
+    """Adds up the sizes of what ``combined`` sums: the measure of its rounding errors."""
+    return combined(np.abs(rows), answer, weights if weights is None else np.abs(weights))
+
+
+def difference(
+    got: jax.Array, want: np.ndarray, sizes: np.ndarray | None = None, places: int = 2
+) -> str | None:
+    """Says where what this process has of a result is not what it should be, or None.
+
+    Args:
+      got: all ranks' result.
+      want: what it should be.
+      sizes: None if it should be equal. Else what its numbers are sums of, in size.
+      places: how many last places of these it may be off by.
+
+    Returns:
+      How many numbers differ, and the first.
+    """
+    for shard in got.addressable_shards:
+        here, should = np.asarray(shard.data), want[shard.index]
+        if sizes is None:
+            wrong = here != should
+        else:
+            bound = places * float(jnp.finfo(here.dtype).eps) * sizes[shard.index]
+            error = np.abs(here.astype(np.float64) - should.astype(np.float64))
+            # So that NaN is wrong too.
+            wrong = ~(error <= bound.astype(np.float64))
+        if wrong.any():
+            place = tuple(np.argwhere(wrong)[0].tolist())
+            rank = (shard.index[0].start or 0) + place[0]
+            return (
+                f"DIFFERS in {wrong.sum()} of {wrong.size} numbers, first at rank {rank}, "
+                f"{list(place[1:])}: {here[place]}, should be {should[place]}"
+            )
+    return None
 
 
 def _positions(group: np.ndarray, order: tuple[np.ndarray, ...]) -> np.ndarray:
