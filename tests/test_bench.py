@@ -67,6 +67,18 @@ def test_more_ranks_than_devices_run_on_one(bench):
     assert record["implementation"] == "xla"
 
 
+def test_what_is_dropped_is_not_counted(bench):
+    """All of 96 choices are for two experts, of two ranks with room for 12 each."""
+    _, printed, _ = bench(*TINY, "--routing=hot:2", "--capacity-factor=1", "--json")
+    record = json.loads(printed)
+    assert (record["capacity"], record["kept_fraction"]) == (12, 0.25)
+
+
+def test_steps_are_taken_in_turn():
+    call = _bench_programs._in_turn(lambda step: step, [1, 2, 3])
+    assert [call() for _ in range(4)] == [1, 2, 3, 1]
+
+
 def plan_of_reversed_tokens(topk_idx, **options):
     return jax_ep.make_plan(topk_idx[::-1], **options)
 

@@ -60,6 +60,17 @@ def test_each_choice_gets_the_slot_that_it_should(fabric, ranks_per_node):
         np.testing.assert_array_equal(got, want, f"{name}, {routing.__name__}")
 
 
+@pytest.mark.parametrize("num_tokens", [0, 21, 22, 100])
+def test_many_choices_are_taken_in_turn(num_tokens):
+    """They are numbered by blocks: these have less than one, one about full, and several."""
+    placement = PLACEMENTS["all_of_one"]
+    topk_idx = np.random.default_rng(0).integers(2, 10, (1, num_tokens, 3), np.int32)
+    got = jax.jit(jax_ep.place)(topk_idx[0], placement)
+    # Along no axis there is one rank, which has all copies.
+    want = expected(topk_idx, placement.slot_experts, SHAPE.num_experts, 1)
+    np.testing.assert_array_equal(got, want[0])
+
+
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_copies_are_asked_for_alike_if_all_ranks_ask_alike(ranks_per_node):
     """Whichever are taken for being near: none gets more than another but by what is left over."""

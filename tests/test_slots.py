@@ -40,6 +40,25 @@ def test_what_belongs_to_experts_moves_to_slots_and_back(ranks_row: Row):
         jax.tree.map(np.testing.assert_array_equal, returned, experts)
 
 
+def test_a_state_moves_from_one_placement_to_another(ranks_row: Row):
+    """Weights and what an optimizer knows of them, by one program for all placements."""
+
+    def move(state, old, new, **options):
+        return jax_ep.to_slots(jax_ep.from_slots(state, old, **options), new, **options)
+
+    rng = np.random.default_rng(0)
+    experts = {"w": rng.standard_normal((8, 2, 3)), "mean": rng.standard_normal((8, 3))}
+    program = mover(ranks_row, move)
+    ways = list(PLACEMENTS.values())
+    for old, new in zip(ways, ways[1:] + ways[:1], strict=True):
+        state, want = (
+            {n: a[p.slot_experts].reshape(4, -1, *a.shape[1:]) for n, a in experts.items()}
+            for p in (old, new)
+        )
+        got = program(jax.tree.map(np.float32, state), everywhere(old), everywhere(new))
+        jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(np.float32, want))
+
+
 def test_the_gradient_of_an_expert_is_the_sum_of_its_copies(ranks_row: Row):
     num_local = NUM_SLOTS // 4
     rng = np.random.default_rng(0)
