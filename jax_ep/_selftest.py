@@ -19,6 +19,7 @@ from jax_ep._answer import answer, combined, difference, dispatched, dots, sizes
 from jax_ep._combine import combine
 from jax_ep._compat import local_gpus
 from jax_ep._dispatch import dispatch
+from jax_ep._library import gpu_peers_problem
 from jax_ep._make_plan import make_plan
 from jax_ep._types import DROPPED, Implementation
 from jax_ep.testing import MultiprocessFailure, multiprocess
@@ -95,9 +96,12 @@ def cpu_ways() -> list[Way]:
 def gpu_ways() -> list[Way]:
     """Returns the ways on the GPUs of this process."""
     pure, native = [_XLA], [_ONE_DEVICE]
+    if _native.unavailable_reason() is not None:
+        return pure
     if len(local_gpus()) > 1:
-        native += [Way("each other's memory", "devices"), _IN_ROUNDS]
-    return pure + native if _native.unavailable_reason() is None else pure
+        reads = gpu_peers_problem() is None
+        native += [*[Way("each other's memory", "devices")] * reads, _IN_ROUNDS]
+    return pure + native
 
 
 def check_here(ways: list[Way], devices: list[Any]) -> Iterator[Result]:

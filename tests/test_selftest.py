@@ -117,13 +117,17 @@ def test_without_native_code_pure_jax_is_checked_alone(monkeypatch, capsys):
     assert len(lines) == 1 + len(CHECKS) + 1
 
 
-def test_gpus_are_checked_too_as_many_as_divide_the_experts(monkeypatch, capsys):
+@pytest.mark.parametrize("strangers", [False, True])
+def test_gpus_are_checked_too_as_many_as_divide_the_experts(monkeypatch, capsys, strangers):
     """Three devices of the CPU stand for GPUs here."""
     require("native")
     monkeypatch.setattr(_selftest, "local_gpus", lambda: jax.devices()[:3])
+    monkeypatch.setattr(_selftest, "gpu_peers_problem", lambda: "strangers" if strangers else None)
     status, lines = run_here(monkeypatch, capsys)
     assert status == 0
-    ways = ("pure JAX (xla)", "virtual ranks of one device", "each other's memory", "rounds")
+    ways = ["pure JAX (xla)", "virtual ranks of one device", "each other's memory", "rounds"]
+    if strangers:
+        ways.remove("each other's memory")
     for way in ways:
         assert sum(line.startswith("GPUs") and f" {way} " in line for line in lines) == len(CHECKS)
     assert len(lines) == len(ways) * len(CHECKS) + 1
