@@ -7,6 +7,7 @@ a core to themselves, what an overfull rank costs and balancing gains. Outputs a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -89,8 +90,9 @@ def bench_routing(
 
 def bench_parts(shape: Shape, mesh: Mesh, repeats: int) -> list[dict[str, Any]]:
     """Times the exchange by itself, and beside a product that does not wait for it."""
+    width = 4 * shape.hidden
     x, topk_idx, topk_weights, _ = make_arrays(shape, draw(shape, _GOAL_ROUTING), 1)
-    square = np.random.default_rng(2).standard_normal((shape.num_ranks, 1024, 1024), np.float32)
+    square = np.random.default_rng(2).standard_normal((shape.num_ranks, width, width), np.float32)
     arrays = place(mesh, (x, topk_idx, topk_weights, square))
 
     def exchange(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
@@ -115,17 +117,17 @@ def bench_parts(shape: Shape, mesh: Mesh, repeats: int) -> list[dict[str, Any]]:
 
 
 @multiprocess(2, 1, timeout=900)
-def _measure_pinned(folder: str, num_routings: int, repeats: int) -> None:
+def _measure_pinned(folder: str, shape: Shape, num_routings: int, repeats: int) -> None:
     """Has each process run on one core, a rank each; saves how long each call took here."""
     cores = sorted(os.sched_getaffinity(0))
     for task in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(task), {cores[jax.process_index() % len(cores)]})
     mesh, seconds = make_mesh(2), []
-    contenders = {n: w for n, w in layers.ways(PINNED).items() if n in (_NATIVE, _BALANCED, _XLA)}
+    contenders = {n: w for n, w in layers.ways(shape).items() if n in (_NATIVE, _BALANCED, _XLA)}
     compiled: dict[str, Any] = {}
     for seed in range(num_routings):
-        topk_idx = draw(PINNED, _PINNED_ROUTING, seed)
-        arrays = place(mesh, make_arrays(PINNED, topk_idx, _FFN_HIDDEN[PINNED.name]))
+        topk_idx = draw(shape, _PINNED_ROUTING, seed)
+        arrays = place(mesh, make_arrays(shape, topk_idx, _FFN_HIDDEN[shape.name]))
         compiled = compiled or {n: compile_way(w, mesh, arrays) for n, w in contenders.items()}
         for turn in range(-2, repeats):
             row = []
@@ -135,19 +137,19 @@ def _measure_pinned(folder: str, num_routings: int, repeats: int) -> None:
                 row.append(time.perf_counter() - start)
             if turn >= 0:
                 seconds.append(row)
-    shape = (num_routings, repeats, len(contenders))
-    np.save(pathlib.Path(folder) / f"{jax.process_index()}.npy", np.reshape(seconds, shape))
+    by_routing = np.reshape(seconds, (num_routings, repeats, len(contenders)))
+    np.save(pathlib.Path(folder) / f"{jax.process_index()}.npy", by_routing)
 
 
-def bench_pinned(num_routings: int, repeats: int) -> list[dict[str, Any]]:
+def bench_pinned(shape: Shape, num_routings: int, repeats: int) -> list[dict[str, Any]]:
     """Runs ranks on cores of their own; a call's time is the slowest rank's."""
     with tempfile.TemporaryDirectory() as folder:
-        _measure_pinned(folder, num_routings, repeats)
+        _measure_pinned(folder, shape, num_routings, repeats)
         seconds = np.max([np.load(file) for file in pathlib.Path(folder).iterdir()], axis=0)
     records = []
     for seed in range(num_routings):
-        load = np.bincount(draw(PINNED, _PINNED_ROUTING, seed).ravel(), minlength=8)
-        by_rank = load.reshape(PINNED.num_ranks, -1).sum(axis=1)
+        load = np.bincount(draw(shape, _PINNED_ROUTING, seed).ravel(), minlength=shape.num_experts)
+        by_rank = load.reshape(shape.num_ranks, -1).sum(axis=1)
         for i, name in enumerate((_NATIVE, _BALANCED, _XLA)):
             p50, p99 = np.percentile(seconds[seed, :, i], [50, 99]) * 1e3
             records.append(
@@ -156,8 +158,8 @@ def bench_pinned(num_routings: int, repeats: int) -> list[dict[str, Any]]:
                     "routing": _PINNED_ROUTING,
                     "seed": seed,
                     "way": name,
-                    **PINNED.as_json(),
-                    "ffn_hidden": _FFN_HIDDEN[PINNED.name],
+                    **shape.as_json(),
+                    "ffn_hidden": _FFN_HIDDEN[shape.name],
                     "busiest_over_mean": round(float(by_rank.max() / by_rank.mean()), 3),
                     "p50_ms": round(float(p50), 3),
                     "p99_ms": round(float(p99), 3),
@@ -197,18 +199,20 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_num_cpu_devices", SMALL.num_ranks)
     timing.print_json(timing.environment())
     mesh, repeats = make_mesh(SMALL.num_ranks), 2 if _quick.value else _repeats.value
+    shape = dataclasses.replace(SMALL, num_tokens=16, hidden=32) if _quick.value else SMALL
     routings = [*ROUTINGS, BURSTS, *([_TRACE] if _trace.value else [])]
     records: list[dict[str, Any]] = []
     for routing in [_GOAL_ROUTING] if _quick.value else routings:
-        found = bench_routing(SMALL, routing, choices_of(SMALL, routing), mesh, repeats)
+        found = bench_routing(shape, routing, choices_of(shape, routing), mesh, repeats)
         columns = ("way", "tokens_per_s", "dropped", "median_ms", "p99_ms", "temp_mb")
         title = f"{routing}: busiest rank {found[0]['busiest_over_mean']} of the mean"
         timing.print_table(title, columns, [[record[name] for name in columns] for record in found])
         records += found
-    records += (parts := bench_parts(SMALL, mesh, repeats))
+    records += (parts := bench_parts(shape, mesh, repeats))
     timing.print_table("parts", ("what", "ms"), [[r["what"], r["median_ms"]] for r in parts])
     if _pinned.value:
-        pinned = bench_pinned(1 if _quick.value else _pinned.value, repeats)
+        shape = dataclasses.replace(PINNED, num_tokens=16, hidden=32) if _quick.value else PINNED
+        pinned = bench_pinned(shape, 1 if _quick.value else _pinned.value, repeats)
         columns = ("seed", "way", "busiest_over_mean", "p50_ms", "p99_ms")
         title = f"{_PINNED_ROUTING}, a core for each of {PINNED.num_ranks} ranks"
         timing.print_table(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import timing
 from absl import app
 from shapes import EXCHANGE_SHAPES, Shape
+
+from jax_ep._timing import make_copies
 
 _COPIES = 2
 
@@ -17,28 +16,11 @@ _COPIES = 2
 def make_floor(shape: Shape, *, num_threads: int = 2) -> Callable[[], None]:
     """Returns a call that copies the rows of all choices twice: out, as dispatch, and back.
 
-    The sources are as large as the results, so nothing is gained from copying a token's row to
-    several places. Every page has been written before the first call.
-
     Args:
       shape: how many rows of how many bytes.
-      num_threads: how many share each copy; NumPy copies without holding the interpreter.
+      num_threads: how many share each copy.
     """
-    buffers = [np.full((shape.num_choices, shape.row_bytes), i, np.uint8) for i in range(3)]
-    bounds = np.linspace(0, shape.num_choices, num_threads + 1).astype(int)
-    parts = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
-    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
-
-    def copy(part: slice) -> None:
-        tokens, rows, back = (buffer[part] for buffer in buffers)
-        np.copyto(rows, tokens)
-        np.copyto(back, rows)
-
-    def run() -> None:
-        # Two parts go to two threads: a list waits for both.
-        list(pool.map(copy, parts))
-
-    return run
+    return make_copies(shape.num_choices, shape.row_bytes, num_threads=num_threads)
 
 
 def moved_bytes(num_rows: int, shape: Shape) -> int:

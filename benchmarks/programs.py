@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from baselines import Baseline
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shapes import Shape
 
 import jax_ep
 import jax_ep.testing
-
-AXIS = "expert"
+from jax_ep import _programs
+from jax_ep._programs import AXIS as AXIS
+from jax_ep._programs import over_ranks as over_ranks
 
 Implementation = Literal["xla", "native"]
 Tail = Literal["zero", "uninitialized"]
@@ -59,19 +60,7 @@ def make_inputs(shape: Shape, zipf_exponent: float, *, seed: int = 0) -> Inputs:
 
 
 def make_mesh(num_ranks: int) -> Mesh:
-    devices = jax.devices()[:num_ranks]
-    return jax.make_mesh((num_ranks,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def over_ranks(per_rank: Callable[..., Any], mesh: Mesh) -> Any:
-    """Compiles what one rank does into a program of all, on arrays with a leading axis of ranks."""
-
-    def block(*args: Any) -> Any:
-        out = per_rank(*jax.tree.map(lambda a: a[0], args))
-        return jax.tree.map(lambda a: a[None], out)
-
-    spec = PartitionSpec(AXIS)
-    return jax.jit(jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=spec))
+    return _programs.make_mesh(jax.devices()[:num_ranks])
 
 
 def planner(

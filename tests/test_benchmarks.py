@@ -175,6 +175,16 @@ def test_processes_are_timed_and_the_bytes_between_hosts_counted():
 
 
 @pytest.mark.once
+def test_placements_are_played_through_traces():
+    _, *records = records_of(run("bench_placement.py", "--quick", "--tokens=64"))
+    assert [record["num_ranks"] for record in records] == [8] * 3
+    as_they_are, without_spares, with_spares = (record["median"] for record in records)
+    assert as_they_are > without_spares > 1
+    assert as_they_are > with_spares > 1
+    assert records[0]["moved_a_rank_and_step"] == 0 < records[1]["moved_a_rank_and_step"]
+
+
+@pytest.mark.once
 def test_own_parts_of_plans_are_timed():
     require("native")
     _, *records = records_of(run("bench_own_plan.py", "--quick"))
@@ -188,3 +198,28 @@ def test_what_recording_costs_is_timed():
     _, *records = records_of(run("bench_record.py", "--quick"))
     assert [record["runs"] for record in records] == [4, 4, 4]
     assert all(record["on_ms"] > 0 for record in records)
+
+
+@pytest.mark.once
+def test_what_balancing_leaves_is_counted():
+    _, *records = records_of(run("bench_balance.py", "--quick"))
+    assert len(records) == 4 * 4 * 5
+    two = [r for r in records if (r["num_spares"], r["slack"]) == (2, 0.0)]
+    assert all(r["after_worst"] <= r["before_worst"] for r in two)
+    assert {r["after_median"] for r in two if r["exponent"] == 0.65} == {1.0}
+
+
+@pytest.mark.once
+def test_a_layer_is_timed_in_every_way(tmp_path):
+    require("native")
+    picture = tmp_path / "layer.png"
+    _, *records = records_of(run("bench_layer.py", "--quick", f"--picture={picture}"))
+    layers = [r for r in records if r["bench"] == "layer"]
+    assert len(layers) == 8
+    # Those that have room for what even routing asks drop some, and the others none.
+    assert {r["way"] for r in layers if r["dropped"]} <= {
+        "all_to_all, factor 2",
+        "einsum (GSPMD), factor 2",
+    }
+    assert len([r for r in records if r["bench"] == "pinned layer"]) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -193,7 +193,7 @@ def test_the_command_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     [said] = done.stderr.splitlines()
-    assert said.startswith("python -m jax_ep report: ")
+    assert said.startswith("jax_ep report: ")
     assert "none.npz" in said
 
 

@@ -1,6 +1,6 @@
 """Helps to test expert-parallel code: processes, routings, payloads and comparisons.
 
-Nothing here needs pytest, and nothing here is imported by the rest of the library.
+Nothing here needs pytest, and of the rest of the library only its commands import this.
 """
 
 from jax_ep.testing._cluster import MultiprocessFailure
