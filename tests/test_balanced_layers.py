@@ -18,6 +18,8 @@ from test_moe import dense, problem, run
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 # As much room as choices spread evenly need.
 TIGHT = Shape(capacity=18)
 SHAPES = {
@@ -29,7 +31,6 @@ SHAPES = {
 }
 
 
-@pytest.mark.composes
 @pytest.mark.parametrize(("shape", "routing"), SHAPES.values(), ids=SHAPES)
 def test_moe_is_the_dense_formula_forward_and_backward(layer_row: Row, shape: Shape, routing):
     floats, topk_idx, dout = problem(shape, routing)
@@ -61,7 +62,6 @@ MESHES = {
 }
 
 
-@pytest.mark.composes
 @pytest.mark.parametrize(("kind", "axes"), MESHES.values(), ids=MESHES)
 def test_the_flax_layer_is_the_dense_formula(implementation, kind, axes):
     with on(kind, axes):

@@ -17,6 +17,8 @@ from test_moe import dense, problem, run
 
 import jax_ep
 
+pytestmark = pytest.mark.composes
+
 LOSSLESS = Shape(capacity=72)
 LOOPS = pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 
