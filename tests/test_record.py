@@ -152,6 +152,7 @@ def test_nobody_waits_on_one_device() -> None:
     assert verdicts(recorded) == []
 
 
+@on_cpu
 def test_a_call_that_fails_on_one_device_is_left_out() -> None:
     require("native")
 
