@@ -29,7 +29,7 @@ import jax_ep
 from moe_lm import meshes, report, sampling, text, timing, training
 from moe_lm.model import Config
 
-_STEPS = flags.DEFINE_integer("steps", 240, "Steps of training.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 200, "Steps of training.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Sequences in a step.", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Bytes in a sequence.", lower_bound=2)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.", lower_bound=0.0)

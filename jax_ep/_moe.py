@@ -75,7 +75,8 @@ def moe(
         None leaves each choice with the expert's owner.
       chunks: into how many equal parts to cut the tokens, which then go one after the other: for
         less memory, as buffers are those of one part and a gradient computes each part again.
-        Where nothing is dropped the result is the same, bit for bit.
+        Where nothing is dropped the result is the same, bit for bit. ``balance`` evens all tokens
+        together: a chunk may need more room than its share.
       unroll_chunks: do without a loop over chunks, and keep what gradients need: for time, as a
         part's exchange and another's experts do not depend on each other. On GPUs exchanges are
         put on the stream of collectives, beside which XLA computes; on CPUs nothing is gained.
