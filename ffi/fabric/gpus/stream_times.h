@@ -25,7 +25,7 @@ struct StreamTimes {
   std::int64_t exchange;  // that of its record: see CallRecord
   std::int64_t rank;
   std::int64_t device;
-  std::int64_t came;   // what the rank lends was ready: to the wait for its peers
+  std::int64_t came;   // what the rank lends was ready, as peers may just have seen
   std::int64_t began;  // what all lend was ready
   std::int64_t ended;  // its kernels had
   std::int64_t told;   // all of this process had read what it lends
