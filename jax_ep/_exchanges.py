@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float64, Int64
 Columns = Mapping[str, np.ndarray]
 """Records of one process: an array for each field, and what they have in common as scalars."""
 
-SHARED = "processes"
-"""The fabric whose exchanges several processes record, each its own part."""
+STREAMS = "streams"
+"""The fabric of GPUs' streams, of which each rank is recorded by itself."""
 
-PHASES = ("named", "published", "began", "ended", "told")
+_PHASES = ("named", "published")
+_TIMES = ("began", "ended", "told")
 
 _CHUNK = 256
 
@@ -29,8 +30,10 @@ class Exchanges:
       processes: the numbers of the processes, [P].
       came: when each rank came, [n, R].
       process_of: the place in ``processes`` of each rank's, [n, R]; -1 where it is not known.
+      times: by name: when each rank's work ``began`` and ``ended`` and it was ``told``, [n, R]; all
+        of a process work as one, but for streams.
       phases: by name: when a process had been told by the leader which exchange it is (``named``),
-        ``published``, ``began``, ``ended`` and ``told``, [n, P].
+        and ``published``, [n, P].
       seen: when a process saw what a rank of another one lends to be there, [n, P, R].
     """
 
@@ -38,6 +41,7 @@ class Exchanges:
     processes: Int64[np.ndarray, "P"]
     came: Int64[np.ndarray, "n R"]
     process_of: Int64[np.ndarray, "n R"]
+    times: Mapping[str, Int64[np.ndarray, "n R"]]
     phases: Mapping[str, Int64[np.ndarray, "n P"]]
     seen: Int64[np.ndarray, "n P R"]
 
@@ -58,14 +62,10 @@ class Exchanges:
             processes=self.processes,
             came=self.came[which],
             process_of=self.process_of[which],
+            times={name: column[which] for name, column in self.times.items()},
             phases={name: column[which] for name, column in self.phases.items()},
             seen=self.seen[which],
         )
-
-    def by_rank(self, of_process: Float64[np.ndarray, "n P"]) -> Float64[np.ndarray, "n R"]:
-        """Gives each rank what is known of its process, and NaN where that is not known."""
-        found = np.take_along_axis(of_process, np.maximum(self.process_of, 0), axis=1)
-        return np.where(self.process_of >= 0, found, np.nan)
 
 
 def put_together(parts: Sequence[Columns]) -> Exchanges:
@@ -90,7 +90,7 @@ def _keys(part: Columns) -> list[tuple[Any, ...]]:
     own = (int(part["process"]), str(part["platform"]))
     columns = [part[name].tolist() for name in ("fabric", "exchange", "group", "epoch", "op")]
     return [
-        (group, epoch, op) if fabric == SHARED else (*own, exchange)
+        (fabric, group, epoch, op) if epoch else (fabric, *own, exchange)
         for fabric, exchange, group, epoch, op in zip(*columns, strict=True)
     ]
 
@@ -104,7 +104,8 @@ def _empty(count: int, processes: np.ndarray, num_ranks: int) -> Exchanges:
         processes=processes,
         came=np.zeros((count, num_ranks), np.int64),
         process_of=np.full((count, num_ranks), -1, np.int64),
-        phases={name: np.zeros(shape, np.int64) for name in PHASES},
+        times={name: np.zeros((count, num_ranks), np.int64) for name in _TIMES},
+        phases={name: np.zeros(shape, np.int64) for name in _PHASES},
         seen=np.zeros((*shape, num_ranks), np.int64),
     )
 
@@ -125,6 +126,8 @@ def _enter(made: Exchanges, part: Columns, at: Int64[np.ndarray, "records"]) -> 
         column[at[row], rank[row, k]] = part["came"][row, k]
     row, k = np.nonzero(is_here)
     made.process_of[at[row], rank[row, k]] = place
+    for name, column in made.times.items():
+        column[at[row], rank[row, k]] = part[name][row]
 
 
 def sum_of_waits(exchanges: Exchanges) -> Int64[np.ndarray, "R R"]:

@@ -57,6 +57,11 @@ def library(platform: Platform) -> ctypes.CDLL:
         loaded.jax_ep_plan_workspace.restype = ctypes.c_int64
         loaded.jax_ep_plan_workspace.argtypes = [ctypes.c_int64] * 4
         loaded.jax_ep_cuda_problem.restype = ctypes.c_int
+        for read in ("read_stream_times", "num_stream_times", "max_stream_times"):
+            getattr(loaded, f"jax_ep_{read}").restype = ctypes.c_int64
+        loaded.jax_ep_read_stream_times.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+        loaded.jax_ep_read_gpu_clocks.restype = ctypes.c_int64
+        loaded.jax_ep_read_gpu_clocks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         numbers = ctypes.POINTER(ctypes.c_int32)
         loaded.jax_ep_strangers.argtypes = [numbers, ctypes.c_int32, numbers]
     else:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_ep._exchanges import Columns
 from jax_ep._library import usable_libraries
+from jax_ep._stream_times import StreamsBegin, begin_streams, end_streams, streams_beside
 from jax_ep._trace import Trace
 from jax_ep._types import Platform
 
@@ -45,7 +46,8 @@ def record() -> Iterator[Trace]:
     may be nested, and may overlap in several threads: all record all of the process.
 
     What XLA's collectives carry or ``"xla"`` computes is not recorded, nor what is exchanged on one
-    GPU. Of several GPUs it is recorded when their threads launch.
+    GPU. Among several GPUs an exchange is recorded twice: when their threads launched it, as
+    ``dispatch (launch)``, and when their streams came to it.
 
     Yields:
       The trace, which holds what was recorded when the block has been left.
@@ -67,8 +69,8 @@ def record() -> Iterator[Trace]:
     with _lock:
         _recording.append(trace)
         _switch(libraries)
-    begins: dict[Platform, int] = {
-        name: loaded.jax_ep_num_records() for name, loaded in libraries.items()
+    begins: dict[Platform, tuple[int, StreamsBegin | None]] = {
+        name: _begin(name, loaded) for name, loaded in libraries.items()
     }
     try:
         yield trace
@@ -76,12 +78,33 @@ def record() -> Iterator[Trace]:
         with _lock:
             _recording.remove(trace)
             _switch(libraries)
-        trace._parts = [_read(name, libraries[name], begin) for name, begin in begins.items()]
+        trace._parts = [
+            part for name, begin in begins.items() for part in _parts(name, libraries[name], begin)
+        ]
 
 
 def _switch(libraries: dict[Platform, ctypes.CDLL]) -> None:
     for loaded in libraries.values():
         loaded.jax_ep_record_calls(int(bool(_recording)))
+
+
+def _begin(name: Platform, loaded: ctypes.CDLL) -> tuple[int, StreamsBegin | None]:
+    streams = begin_streams(loaded) if name == "gpu" else None
+    return loaded.jax_ep_num_records(), streams
+
+
+def _parts(
+    name: Platform, loaded: ctypes.CDLL, begin: tuple[int, StreamsBegin | None]
+) -> Iterator[Columns]:
+    """Yields the records since, and those of streams: an exchange is recorded before these end."""
+    number, streams = begin
+    ended = end_streams(loaded, streams) if streams else None
+    records = _read(name, loaded, number)
+    if ended:
+        yield streams_beside(records, *ended)
+        op = np.char.add(records["op"], np.where(records["fabric"] == "launches", " (launch)", ""))
+        records = {**records, "op": op}
+    yield records
 
 
 def _read(name: Platform, loaded: ctypes.CDLL, begin: int) -> Columns:

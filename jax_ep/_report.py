@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_ep._exchanges import STREAMS
 from jax_ep._trace import Trace
 from jax_ep._verdicts import ms, verdicts
 
@@ -90,9 +91,17 @@ def _names(trace: Trace) -> Iterator[dict[str, Any]]:
     for process in trace.processes:
         told = {"name": f"jax_ep, process {process}"}
         yield {"ph": "M", "name": "process_name", "pid": process, "args": told}
-    for process, rank in sorted({(p, r) for p, r, _ in trace._visits()}):
-        told = {"name": f"rank {rank}"}
-        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": rank, "args": told}
+    calls = trace.calls()
+    lines = {(p, _line(calls, number, r), r) for p, r, (number, *_) in trace._visits()}
+    for process, line, rank in sorted(lines):
+        told = {"name": f"rank {rank}" if line == rank else f"rank {rank}'s stream"}
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": line, "args": told}
+
+
+def _line(calls: dict[str, np.ndarray], number: int, rank: int) -> int:
+    """Returns a rank's line, that of its stream below those of all ranks."""
+    is_stream = calls["fabric"][number] == STREAMS
+    return rank + (calls["lateness"].shape[1] if is_stream else 0)
 
 
 def _events(trace: Trace) -> Iterator[dict[str, Any]]:
@@ -106,7 +115,7 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
                 "name": f"{op}: {what}",
                 "cat": what,
                 "pid": process,
-                "tid": rank,
+                "tid": _line(calls, number, rank),
                 "ts": begin / _NS_PER_US,
                 "dur": (end - begin) / _NS_PER_US,
                 "args": told,

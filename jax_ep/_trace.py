@@ -102,7 +102,7 @@ class Trace:
         exchanges = self._exchanges
         for number, rank in np.argwhere(exchanges.came > 0).tolist():
             place = exchanges.process_of[number, rank]
-            times = [exchanges.phases[name][number, place] for name in ("began", "ended", "told")]
+            times = [exchanges.times[name][number, rank] for name in ("began", "ended", "told")]
             came = exchanges.came[number, rank]
             yield self.processes[place], rank, [number, int(came), *map(int, times)]
 
@@ -133,22 +133,23 @@ class Trace:
 
         Returns:
           ``op``, ``scope`` (the ``jax.named_scope`` around the call), ``fabric`` (who met:
-          ``"devices"``, ``"processes"``, or ``"launches"`` of GPUs; nobody where ranks are
-          ``"stacked"`` on one device), ``epoch`` (its number, the same in all processes; 0 within
-          one), ``num_ranks``, ``lent_bytes`` (what each rank lends its peers to read);
-          ``first_arrival`` and ``last_arrival`` in ns of the host's steady clock
-          (``time.monotonic_ns``); ``last_rank``, or -1 where not all arrivals are known; and in
-          seconds: ``gather`` until all had come, ``work`` and ``tell``, each of the process that
-          took longest, ``lateness`` [n, ranks] behind the first to come, and ``rank_work`` [n,
-          ranks] of the rank's process, whose number is ``rank_process`` [n, ranks]. What is not
-          known is NaN, or -1.
+          ``"devices"``, ``"processes"``, or of GPUs the threads that launch, ``"launches"``, and
+          what they launch, ``"streams"``; nobody where ranks are ``"stacked"`` on one device),
+          ``epoch`` (its number, the same in all processes; 0 within one), ``num_ranks``,
+          ``lent_bytes`` (what each rank lends its peers to read); ``first_arrival`` and
+          ``last_arrival`` in ns of the host's steady clock (``time.monotonic_ns``); ``last_rank``,
+          or -1 where not all arrivals are known; and in seconds: ``gather`` until all had come,
+          ``work`` and ``tell``, each of the process that took longest, or the stream, ``lateness``
+          [n, ranks] behind the first to come, and ``rank_work`` [n, ranks] of the rank's process,
+          or its stream; that process's number is ``rank_process`` [n, ranks]. What is not known is
+          NaN, or -1.
         """
         exchanges = self._exchanges
         came = exchanges.came
         never = np.iinfo(np.int64).max
         first = np.where(came > 0, came, never).min(axis=1, initial=never)
         last = came.max(axis=1, initial=0)
-        began, ended, told = (exchanges.phases[name] for name in ("began", "ended", "told"))
+        began, ended, told = (exchanges.times[name] for name in ("began", "ended", "told"))
         is_there = ended > 0
         work = np.where(is_there, ended - began, np.nan) * _NS
         last_rank = came.argmax(axis=1) if came.size else np.zeros(len(came), np.int64)
@@ -161,7 +162,7 @@ class Trace:
             "work": np.where(is_there, ended - began, 0).max(axis=1, initial=0) * _NS,
             "tell": np.where(is_there, told - ended, 0).max(axis=1, initial=0) * _NS,
             "lateness": np.where(came > 0, came - first[:, None], np.nan) * _NS,
-            "rank_work": exchanges.by_rank(work),
+            "rank_work": work,
             "rank_process": np.where(
                 exchanges.process_of >= 0, exchanges.processes[exchanges.process_of], -1
             ),

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from implementations import require
+from implementations import EMULATED, require
 
 from jax_ep.testing._cluster import free_port
 
@@ -33,6 +33,8 @@ def test_block_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a line prints stands behind it as a comment: ``print(...)  # 2.0``."""
     if "jax_ep.flax" in block:
         pytest.importorskip("flax")
+    if EMULATED and "jax_ep.record()" in block:
+        pytest.skip("on GPUs an exchange is recorded twice")
     monkeypatch.setattr(sys, "argv", ["readme"])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

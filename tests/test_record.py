@@ -23,8 +23,10 @@ from jax_ep._verdicts import verdicts
 R, T, K, E, H = 4, 8, 2, 8, 4
 SLOW, DELAY, TURNS = 2, 0.03, 5
 on_cpu = pytest.mark.skipif(
-    EMULATED is not None, reason="what is recorded of emulated GPUs is when they are launched"
+    EMULATED is not None,
+    reason="the CPU's fabrics are others, and its kernels find faults in plans",
 )
+RECORDS = 1 if EMULATED is None else 2  # of each exchange
 
 
 def layer(topk_idx: jax.Array, x: jax.Array, num_experts: int = E) -> jax.Array:
@@ -119,7 +121,7 @@ def test_only_what_runs_in_the_block_is_recorded() -> None:
             within = jax.block_until_ready(run(*args()))
         jax.block_until_ready(run(*args()))
     jax.block_until_ready(run(*args()))
-    assert (len(inner), len(outer)) == (3, 6)
+    assert (len(inner), len(outer)) == (3 * RECORDS, 6 * RECORDS)
     np.testing.assert_array_equal(before, within)
     assert run._cache_size() == 1
 

@@ -172,6 +172,17 @@ def test_a_timeline_has_what_each_rank_did(tmp_path: pathlib.Path) -> None:
     assert named == ["jax_ep, process 0", "jax_ep, process 1", "rank 0", "rank 1"]
 
 
+def test_streams_have_lines_of_their_own(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "timeline.json"
+    came = np.zeros((1, 2), np.int64)
+    save_timeline(trace(part(came, fabric="launches"), part(came, fabric="streams")), path)
+    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    lines = {(e["tid"], e["args"]["fabric"]) for e in events if e["ph"] == "X"}
+    assert lines == {(0, "launches"), (1, "launches"), (2, "streams"), (3, "streams")}
+    named = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert named == {0: "rank 0", 1: "rank 1", 2: "rank 0's stream", 3: "rank 1's stream"}
+
+
 def test_the_command(tmp_path: pathlib.Path) -> None:
     """Files of several processes go into one report."""
     pytest.importorskip("matplotlib")

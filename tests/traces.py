@@ -48,7 +48,7 @@ def part(
     return {
         **{name: np.full(count, value, np.int64) for name, value in numbers.items()},
         "exchange": number,
-        "epoch": number + 1,
+        "epoch": np.where(np.array(texts["fabric"]) == "processes", number + 1, 0),
         **{name: np.broadcast_to(np.array(text), (count,)) for name, text in texts.items()},
         "named": np.zeros(count, np.int64) if named is None else start + named,
         "published": start + published,

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -94,6 +96,26 @@ __device__ inline Unit LoadPeer(const Unit* p) {
 template <typename Unit>
 __device__ inline void StoreToRow(Unit* p, const Unit& unit) {
   __stcs(p, unit);
+}
+
+// Nanoseconds of this GPU's clock, which has nothing to do with other GPUs' ones or the
+// host's steady one, and steps by up to a microsecond.
+__host__ __device__ inline std::int64_t ClockNow() {
+#if defined(__CUDA_ARCH__)
+  return static_cast<std::int64_t>(ptx::GlobalTimer());
+#else
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return std::chrono::nanoseconds(now).count();
+#endif
+}
+
+// Writes into memory of the host, which looks there while kernels run.
+__host__ __device__ inline void StoreForHost(std::int64_t* p, std::int64_t value) {
+#if defined(__CUDA_ARCH__)
+  ptx::StoreReleaseSysU64(p, static_cast<std::uint64_t>(value));
+#else
+  std::atomic_ref(*p).store(value, std::memory_order_release);
+#endif
 }
 
 // Returns whether all of these are multiples of `bytes`.

@@ -13,14 +13,17 @@ set(cuda_kernels
   plan_place.cu
   probe.cu
   reduce_rows.cu
-  row_dots.cu)
+  row_dots.cu
+  stamp.cu)
 list(TRANSFORM cuda_kernels PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 
 # What brings ranks on several GPUs together, as C++.
 set(cuda_fabrics
   device_window.cc
+  gpu_clock.cc
   shared_memory.cc
   signal.cc
   stream_exchange.cc
-  stream_points.cc)
+  stream_points.cc
+  stream_times.cc)
 list(TRANSFORM cuda_fabrics PREPEND ${CMAKE_CURRENT_LIST_DIR}/../fabric/gpus/)

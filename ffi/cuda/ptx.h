@@ -45,6 +45,18 @@ __device__ inline std::uint8_t LoadPastL1U8(const void* p) {
   return static_cast<std::uint8_t>(v);
 }
 
+// Nanoseconds of the GPU's clock.
+__device__ inline std::uint64_t GlobalTimer() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Stores what the host may look at meanwhile, behind all that is stored before.
+__device__ inline void StoreReleaseSysU64(void* p, std::uint64_t v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" : : "l"(p), "l"(v) : "memory");
+}
+
 // These convert, to nearest, ties to even. A NaN becomes the one of its type.
 
 __device__ inline std::uint16_t RoundToBF16(float x) {

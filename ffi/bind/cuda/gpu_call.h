@@ -18,6 +18,7 @@
 #include "bind/ops.h"
 #include "bind/process/call_site.h"
 #include "bind/process/process.h"
+#include "cuda/stamp.h"
 #include "fabric/gpus/stream_exchange.h"
 #include "fabric/threads/meeting.h"
 #include "fabric/threads/recorder.h"
@@ -93,7 +94,10 @@ Launched ExchangeGpus(GpuArrival arrival, CallReader& reader, AddSpan add_span) 
   arrival.group = FindGroup(reader, arrival.device, *role);
   if (reader.failed()) return NotLaunched(reader.error());
   const auto made = MakeCall<Op>(std::move(call), where, arrival, add_span);
-  if (RecordsCalls()) made->on_stream.attendance.scope = reader.Scope();
+  if (RecordsCalls()) {
+    made->on_stream.attendance.scope = reader.Scope();
+    made->on_stream.stamp = cuda::Stamp;
+  }
   return OnLaunchThread(arrival.stream, [made] {
     return ErrorOf(ExchangeOnStreams(ProcessMeetingPoint(), made->on_stream));
   });

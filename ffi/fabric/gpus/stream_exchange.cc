@@ -18,6 +18,7 @@
 #include "fabric/gpus/device_window.h"
 #include "fabric/gpus/signal.h"
 #include "fabric/gpus/stream_points.h"
+#include "fabric/gpus/stream_times.h"
 #include "fabric/processes/window.h"
 #include "fabric/threads/describe.h"
 
@@ -32,6 +33,8 @@ using Failure = std::optional<StreamFailure>;
 struct Outcome {
   StreamPoints* points = nullptr;  // for ranks of this process
   WindowNote note = {};            // for those of others
+  TimedStream times;
+  std::int64_t exchange = kNotRecorded;  // as it is recorded
 
   std::size_t num_ranks = 0;
   PeerTables lent_by_all;                        // where the meeting keeps them
@@ -99,6 +102,7 @@ void MeetPeers(MeetingPoint& point, Attendance attendance,
     outcome->failure = failure;
     outcome->told.Set(1);
   };
+  attendance.exchange = &outcome->exchange;
   attendance.fabric = "launches";
   attendance.schedule = nullptr;  // each rank goes on by itself, and takes little time
   point.Attend(attendance);
@@ -128,7 +132,10 @@ Failure CudaFailure(const StreamCall& call, cudaError_t error) {
 class Streams {
  public:
   Streams(const StreamCall& call, Outcome& outcome)
-      : call_(call), notes_(outcome.notes), tables_(std::move(outcome.tables)) {
+      : call_(call),
+        times_(outcome.times),
+        notes_(outcome.notes),
+        tables_(std::move(outcome.tables)) {
     for (const void* points : tables_.back()) {
       points_.push_back(static_cast<StreamPoints*>(const_cast<void*>(points)));
     }
@@ -138,10 +145,12 @@ class Streams {
   // Reads what peers lend once it is ready, and tells them when it has been read.
   Failure Read() {
     Failure failure = AwaitPeers();
+    times_.Note(&StreamTimes::began);
     if (!failure) failure = CudaFailure(call_, PutReading());
     // Whatever came of it, as others have gone on to the other half.
     if (call_.window != nullptr) call_.window->Advance();
     Own().recorded.Set(failure ? StreamPoints::kNever : StreamPoints::kYes);
+    times_.Note(&StreamTimes::ended);
     return failure;
   }
 
@@ -158,6 +167,7 @@ class Streams {
           cudaStreamWaitEvent(call_.stream, points_[peer]->done, 0);
       if (error != cudaSuccess) return CudaFailure(call_, error);
     }
+    times_.Note(&StreamTimes::told);
     // If it failed, other ranks may still look at them.
     for (std::size_t peer = 0; peer < points_.size(); ++peer) {
       if (IsHere(peer)) ReleaseStreamPoints(points_[peer]);
@@ -234,6 +244,7 @@ class Streams {
   }
 
   const StreamCall& call_;
+  TimedStream& times_;
   const std::vector<WindowNote>& notes_;
   std::vector<std::vector<const void*>> tables_;  // [lent buffers][ranks]
   std::vector<StreamPoints*> points_;             // by rank; null elsewhere
@@ -270,6 +281,11 @@ cudaError_t Lend(StreamCall& call, Outcome& outcome) {
     error =
         call.window->Publish(call.attendance.lent, places, call.stream, outcome.note);
   }
+  // Behind what peers wait for, so that they do not wait for this.
+  if (error == cudaSuccess && call.stamp != nullptr) {
+    outcome.times = TimedStream(call.stamp, call.stream);
+    outcome.times.Note(&StreamTimes::came);
+  }
   return error;
 }
 
@@ -285,6 +301,9 @@ std::optional<StreamFailure> ExchangeOnStreams(MeetingPoint& point, StreamCall c
     ReleaseStreamPoints(outcome->points);
     return StreamFailure{.what = *outcome->failure, .is_of_cuda = false};
   }
+  outcome->times.Belong({.exchange = outcome->exchange,
+                         .rank = call.attendance.rank,
+                         .device = outcome->points->device});
   Streams streams(call, *outcome);
   if (Failure failure = streams.Read()) return failure;
   return streams.AwaitReaders(point.timeout());

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fabric/gpus/device_window.h"
+#include "fabric/gpus/stream_times.h"
 #include "fabric/threads/attendance.h"
 #include "fabric/threads/meeting.h"
 
@@ -33,6 +34,8 @@ struct StreamCall {
   // attendance has a span, whose relay carries out exchanges in the order in which the
   // ranks come to them.
   DeviceWindow* window = nullptr;
+  // If calls are recorded: puts on the stream that it writes down what time it is.
+  Stamp stamp = nullptr;
 };
 
 // What went wrong in an exchange.

@@ -66,4 +66,11 @@ void ReleaseStreamPoints(StreamPoints* points) {
   ThePool().unused[points->device].push_back(points);
 }
 
+std::vector<int> DevicesWithPoints() {
+  const std::scoped_lock lock(ThePool().mutex);
+  std::vector<int> devices;
+  for (const auto& [device, points] : ThePool().unused) devices.push_back(device);
+  return devices;
+}
+
 }  // namespace jax_ep

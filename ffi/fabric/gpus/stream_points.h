@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "fabric/gpus/signal.h"
 
@@ -37,6 +38,9 @@ StreamPoints* TakeStreamPoints(std::int32_t num_users, cudaError_t& error);
 // another exchange have them; those of an exchange that failed, in which some rank did
 // not come so far, are nobody's from then on: a few hundred bytes.
 void ReleaseStreamPoints(StreamPoints* points);
+
+// The devices on which exchanges have been.
+std::vector<int> DevicesWithPoints();
 
 }  // namespace jax_ep
 

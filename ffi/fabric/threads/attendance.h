@@ -107,6 +107,9 @@ struct Attendance {
   MakePublication make_publication = nullptr;
   // If calls are logged: what is to know when its peers have come.
   std::shared_ptr<LoggedCall> log = nullptr;
+  // If there is one, and calls are recorded: takes the exchange's number while Attend
+  // runs.
+  std::int64_t* exchange = nullptr;
   // For records of calls: the layer's name in the program, and who meets. Never freed.
   const char* scope = "";
   const char* fabric = "devices";

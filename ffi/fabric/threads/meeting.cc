@@ -126,6 +126,7 @@ void Meeting::NotePresent(const Attendance& attendance, std::int64_t came) {
   }
   if (recording == nullptr) return;
   recording->NoteArrival(attendance.rank, came);
+  if (attendance.exchange != nullptr) *attendance.exchange = recording->exchange();
   done[rank] = Noted(recording, std::move(done[rank]));
 }
 

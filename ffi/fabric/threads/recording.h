@@ -22,6 +22,9 @@ class Recording {
   // Of an exchange to which `first` has come, until so many have been told.
   Recording(const Attendance& first, std::size_t num_told);
 
+  // Its number in this process.
+  std::int64_t exchange() const { return record_.exchange; }
+
   // `when` is 0 if calls were no longer recorded: nothing of the exchange will be.
   void NoteArrival(std::int32_t rank, std::int64_t when);
   // Which exchange between processes it is, and since when this one has been told, if

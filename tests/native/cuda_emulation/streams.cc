@@ -282,6 +282,12 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 
 cudaError_t cudaFree(void* memory) { return emulation::TheMemory().Remove(memory); }
 
+cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
+  if (emulation::is_capturing) return cudaErrorStreamCaptureUnsupported;
+  *memory = std::malloc(bytes);
+  return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes,
                             cudaMemcpyKind, cudaStream_t stream) {
   return emulation::Enqueue(stream, [=] {
