@@ -17,8 +17,9 @@ from jax_ep._checks import (
 )
 from jax_ep._dispatch import dispatch
 from jax_ep._lend import Loans, lend, most_rows
-from jax_ep._lent_slots import Choices, before_each, slots_of
+from jax_ep._lent_slots import Choices, slots_of
 from jax_ep._make_plan import make_plan
+from jax_ep._numbered import number_choices
 from jax_ep._plan import Plan, check_plan
 from jax_ep._types import DROPPED, AxisName, Implementation
 
@@ -114,23 +115,15 @@ def balance(
     ranks_together = ranks_per_node if ranks_per_node > 1 else num_ranks
     if share is not None:
         _check_share(share, num_ranks)
-    # A plan of this rank alone counts and numbers each expert's choices.
-    own = make_plan(
-        topk_idx,
-        num_experts=num_experts,
-        capacity=max(1, topk_idx.size),
-        implementation=implementation,
-    )
-    counts, rank = own.expert_load[None], jnp.zeros((), jnp.int32)
+    choices = number_choices(topk_idx, num_experts, implementation)
+    counts, rank = choices.counts[None], jnp.zeros((), jnp.int32)
     if axis_name is not None:
-        counts = jax.lax.all_gather(own.expert_load, axis_name)
+        counts = jax.lax.all_gather(choices.counts, axis_name)
         rank = jax.lax.axis_index(axis_name)
     load = jnp.sum(counts, axis=0, dtype=jnp.int32)
     most = most_rows(load, num_ranks, ranks_together, slack, share)
     loans = lend(load, most, num_spares=num_spares, ranks_per_node=ranks_together)
-    expert = jnp.where(own.kept, topk_idx, 0)
-    ordinal = own._arrays.send_row - before_each(own.expert_load)[expert]
-    slots = slots_of(Choices(expert, ordinal, counts, rank), loans)
+    slots = slots_of(Choices(choices.expert, choices.ordinal, counts, rank), loans)
     # What names no expert must name no slot either.
     none = jnp.where(topk_idx == DROPPED, DROPPED, num_experts + num_ranks * num_spares)
     copies = make_plan(
@@ -141,7 +134,7 @@ def balance(
         ranks_per_node=ranks_per_node,
         implementation=implementation,
     )
-    return jnp.where(own.kept, slots, none), copies
+    return jnp.where(choices.is_routed, slots, none), copies
 
 
 @jax.named_scope("jax_ep.with_copies")

@@ -52,7 +52,8 @@ def slots_of(choices: Choices, loans: Loans) -> Int32[Array, "num_tokens num_top
     leaves, room = counts - stays, takes - stays
     earlier = (jnp.arange(len(counts), dtype=jnp.int32) < rank)[:, None]
     before = jnp.sum(jnp.where(earlier, leaves, 0), axis=0, dtype=jnp.int32)
-    starts = before_each(jnp.sum(leaves, axis=0, dtype=jnp.int32)) + before
+    leaving = jnp.sum(leaves, axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(leaving, dtype=jnp.int32) - leaving + before
     order = jnp.argsort(places.expert, stable=True)
     rooms = room.at[places.rank, places.expert].get(mode="fill", fill_value=0)
     ends = jnp.cumsum(rooms[order], dtype=jnp.int32)
@@ -77,8 +78,3 @@ def _lay_out(counts: Int32[Array, "num_ranks num_experts"], loans: Loans) -> _Pl
         rank=jnp.concatenate([owner, jnp.repeat(ranks, num_spares)]),
         slot=jnp.concatenate([own, spare.ravel()]),
     )
-
-
-def before_each(counts: Int32[Array, "experts"]) -> Int32[Array, "experts"]:
-    """Returns the sum of all counts before each."""
-    return jnp.cumsum(counts, dtype=jnp.int32) - counts

@@ -9,10 +9,8 @@ from jaxtyping import Array, Int32, Num
 
 from jax_ep._axes import resolve_axis
 from jax_ep._checks import check_array, check_dtype, check_positive
+from jax_ep._numbered import number_choices
 from jax_ep._types import AxisName
-
-# Choices that are compared with each other to number them.
-_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -174,18 +172,16 @@ def place(
     if num_ranks % ranks_per_node:
         raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
     rank = rank_along(axis_name)
-    routed = (topk_idx >= 0) & (topk_idx < placement.num_experts)
-    expert = jnp.where(routed, topk_idx, 0)
-    expert_or_none = jnp.where(routed, topk_idx, placement.num_experts)
+    choices = number_choices(topk_idx, placement.num_experts, None)
     first, count = jnp.asarray(placement.first_copy), jnp.asarray(placement.num_copies)
     for ranks in (ranks_per_node, 1):
         slots = ranks * (placement.num_slots // num_ranks)
         first, count = _prefer(placement, slots, rank // ranks, first, count)
-    turn = rank + _ordinals(expert_or_none, placement.num_experts + 1)
-    slot = jnp.asarray(placement.copies)[first[expert] + turn % count[expert]]
+    copy = (rank + choices.ordinal) % count[choices.expert]
+    slot = jnp.asarray(placement.copies)[first[choices.expert] + copy]
     # An index past the experts must not become one of the slots, which are more.
     invalid = jnp.where(topk_idx < 0, topk_idx, jnp.maximum(topk_idx, placement.num_slots))
-    return jnp.where(routed, slot, invalid)
+    return jnp.where(choices.is_routed, slot, invalid)
 
 
 def check_spread(placement: Placement, axis_name: AxisName) -> int:
@@ -245,23 +241,3 @@ def _prefer(
         jnp.where(takes_these, placement.first_copy + total(where < here), first),
         jnp.where(takes_these, count_here, count),
     )
-
-
-def _ordinals(
-    topk_idx: Int32[Array, "num_tokens num_topk"], bound: int
-) -> Int32[Array, "num_tokens num_topk"]:
-    """Numbers the choices of each index, below a bound, in the order (token, k).
-
-    Each is compared with those before it in its block, and blocks are counted: a sort takes CPUs
-    longer than all else in an exchange of narrow rows.
-    """
-    flat = topk_idx.ravel()
-    blocks = jnp.pad(flat, (0, -flat.size % _BLOCK), constant_values=bound - 1)
-    blocks = blocks.reshape(-1, _BLOCK)
-    is_before = jnp.tri(_BLOCK, k=-1, dtype=bool)
-    equal = blocks[:, :, None] == blocks[:, None, :]
-    in_block = jnp.sum(equal & is_before, axis=-1, dtype=jnp.int32)
-    block = jnp.arange(len(blocks), dtype=jnp.int32)[:, None]
-    counts = jnp.zeros((len(blocks), bound), jnp.int32).at[block, blocks].add(1)
-    in_blocks_before = (jnp.cumsum(counts, axis=0) - counts)[block, blocks]
-    return (in_block + in_blocks_before).ravel()[: flat.size].reshape(topk_idx.shape)
