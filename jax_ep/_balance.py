@@ -15,10 +15,10 @@ from jax_ep._checks import (
     check_positive,
     check_shape,
 )
+from jax_ep._copies import plan_copies
 from jax_ep._dispatch import dispatch
-from jax_ep._lend import Loans, lend, most_rows
+from jax_ep._lend import lend, most_rows
 from jax_ep._lent_slots import Choices, slots_of
-from jax_ep._make_plan import make_plan
 from jax_ep._numbered import number_choices
 from jax_ep._plan import Plan, check_plan
 from jax_ep._types import DROPPED, AxisName, Implementation
@@ -126,11 +126,10 @@ def balance(
     slots = slots_of(Choices(choices.expert, choices.ordinal, counts, rank), loans)
     # What names no expert must name no slot either.
     none = jnp.where(topk_idx == DROPPED, DROPPED, num_experts + num_ranks * num_spares)
-    copies = make_plan(
-        _takers(loans, rank, num_experts // num_ranks, ranks_together),
-        num_experts=num_ranks * num_spares,
+    copies = plan_copies(
+        loans,
         axis_name=axis_name,
-        capacity=num_spares,
+        ranks_together=ranks_together,
         ranks_per_node=ranks_per_node,
         implementation=implementation,
     )
@@ -195,19 +194,3 @@ def _check_share(share: jax.Array, num_ranks: int) -> None:
     check_array("share", share, "num_ranks")
     check_shape("share", share, (num_ranks,), "num_ranks")
     check_dtype("share", share, jnp.float32)
-
-
-def _takers(
-    loans: Loans, rank: jax.Array, num_local_experts: int, ranks_together: int
-) -> Int32[Array, "num_local_experts ranks_together"]:
-    """Returns the spare slots that a rank's experts go to: at most one for each other rank."""
-    num_spares = loans.expert.shape[1]
-    first = rank // ranks_together * ranks_together
-    expert = jax.lax.dynamic_slice_in_dim(loans.expert, first, ranks_together)
-    mine = expert - rank * num_local_experts
-    is_mine = (mine >= 0) & (mine < num_local_experts)
-    taker = jnp.arange(ranks_together, dtype=jnp.int32)[:, None]
-    slot = (first + taker) * num_spares + jnp.arange(num_spares, dtype=jnp.int32)
-    takers = jnp.full((num_local_experts, ranks_together), DROPPED, jnp.int32)
-    where = jnp.where(is_mine, mine, num_local_experts), taker
-    return takers.at[where].set(slot, mode="drop")

@@ -86,24 +86,15 @@ def make_plan(
     """
     check_array("topk_idx", topk_idx, "num_tokens, num_topk")
     check_dtype("topk_idx", topk_idx, jnp.int32)
-    check_positive("alignment", alignment)
-    check_one_of("tail", tail, ("zero", "uninitialized"))
-    binding, num_ranks = resolve_ranks(axis_name, num_experts, ranks_per_node)
-    layout = Layout(
-        num_ranks=num_ranks,
+    layout, binding = lay_out(
+        topk_idx.shape,
         num_experts=num_experts,
-        num_tokens=topk_idx.shape[0],
-        num_topk=topk_idx.shape[1],
-        capacity=_resolve_capacity(topk_idx.shape, num_experts, num_ranks, capacity, alignment),
+        axis_name=axis_name,
+        capacity=capacity,
         alignment=alignment,
         tail=tail,
-        axis_name=axis_name,
-        implementation="xla",
-        strict=implementation is not None,
         ranks_per_node=ranks_per_node,
-    )
-    layout = dataclasses.replace(
-        layout, implementation=_resolve_implementation(implementation, layout, binding)
+        implementation=implementation,
     )
     where = place(layout)
     topk_idx, _ = vary_together([topk_idx, where.rank])
@@ -111,7 +102,45 @@ def make_plan(
     num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
     topk_idx = jnp.where(routed, topk_idx, DROPPED)
     arrays = exchange_plan(layout, binding, where, topk_idx)
-    return _assemble(layout, binding, num_invalid, arrays)
+    return assemble(layout, binding, num_invalid, arrays)
+
+
+def lay_out(
+    shape: tuple[int, ...],
+    *,
+    num_experts: int,
+    axis_name: AxisName,
+    capacity: int | None,
+    ranks_per_node: int,
+    implementation: Implementation | None,
+    alignment: int = 1,
+    tail: Tail = "zero",
+) -> tuple[Layout, Binding]:
+    """Resolves what is static about a plan of so many choices, and how its axis is bound here.
+
+    Raises:
+      TypeError: as ``make_plan``.
+      ValueError: likewise.
+      NotImplementedError: likewise.
+    """
+    check_positive("alignment", alignment)
+    check_one_of("tail", tail, ("zero", "uninitialized"))
+    binding, num_ranks = resolve_ranks(axis_name, num_experts, ranks_per_node)
+    layout = Layout(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=shape[0],
+        num_topk=shape[1],
+        capacity=_resolve_capacity(shape, num_experts, num_ranks, capacity, alignment),
+        alignment=alignment,
+        tail=tail,
+        axis_name=axis_name,
+        implementation="xla",
+        strict=implementation is not None,
+        ranks_per_node=ranks_per_node,
+    )
+    implementation = _resolve_implementation(implementation, layout, binding)
+    return dataclasses.replace(layout, implementation=implementation), binding
 
 
 def _resolve_capacity(
@@ -146,12 +175,13 @@ def _resolve_implementation(
     return implementation
 
 
-def _assemble(
+def assemble(
     layout: Layout,
     binding: Binding,
     num_invalid: jax.Array,
     arrays: PlanArrays,
 ) -> Plan:
+    """Makes a plan of its arrays."""
     load = arrays.expert_load
     if binding == "mesh":
         # Equal on all ranks already; this tells JAX's types so. Unused, XLA removes it.

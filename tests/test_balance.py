@@ -145,6 +145,38 @@ def test_no_tokens(ranks_row: Row):
     check(shape, balance_oracle.balance(topk_idx, 8, 2), run(ranks_row, shape, topk_idx, 2))
 
 
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+@pytest.mark.parametrize("routing", [zipf, everything_to_one_expert, nothing_kept])
+def test_the_plan_of_copies_is_that_of_make_plan(ranks_row: Row, routing, ranks_per_node: int):
+    """It is made without a word between ranks, and has to be what these would agree on."""
+    axis_name, num_slots = ranks_row.fabric.axis_name, SHAPE.num_ranks * 2
+
+    def both(topk_idx):
+        _, copies = jax_ep.balance(
+            topk_idx,
+            num_experts=SHAPE.num_experts,
+            axis_name=axis_name,
+            ranks_per_node=ranks_per_node,
+            implementation=ranks_row.implementation,
+        )
+        rank, row = copies._arrays.send_rank, copies._arrays.send_row
+        slots = jnp.where(copies.kept, 2 * rank + row, oracle.NOWHERE)
+        options = {"num_experts": num_slots, "capacity": 2, "ranks_per_node": ranks_per_node}
+        return copies, ranks_row.make_plan(slots, **options)
+
+    copies, want = ranks_row.jit(both, SHAPE.num_ranks)(routing(SHAPE))
+    assert copies._layout == want._layout
+    assert len(set(np.asarray(copies._arrays.fingerprint).tolist())) == 1
+    for name, array in want._arrays._asdict().items():
+        got, expected = np.asarray(getattr(copies._arrays, name)), np.asarray(array)
+        assert got.dtype == expected.dtype
+        if name.startswith("recv_") and name != "recv_counts":  # The rest holds anything.
+            used = np.arange(2) < np.sum(want.recv_counts, axis=1)[:, None]
+            got, expected = np.where(used, got, 0), np.where(used, expected, 0)
+        if name != "fingerprint":
+            np.testing.assert_array_equal(got, expected, err_msg=name)
+
+
 def rows_of_ranks(shape: Shape, slots: np.ndarray, num_spares: int) -> np.ndarray:
     slots_each = shape.num_local_experts + num_spares
     routed = slots[(slots >= 0) & (slots < shape.num_ranks * slots_each)]
