@@ -20,8 +20,7 @@ import timing
 from absl import app, flags
 from cluster_rows import Geometry, count_rows
 from cluster_traffic import OPS, WAYS, Work, plan_of
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from programs import AXIS, Inputs, exchange, make_inputs, make_mesh, over_ranks, planner
 from shapes import EXCHANGE_SHAPES, TOKEN, Shape
 
@@ -64,7 +63,7 @@ def _measure(folder: pathlib.Path, shape: Shape, repeats: dict[str, int]) -> Non
     """Runs each contender so many times, and saves how long each run took here."""
     mesh = make_mesh(shape.num_ranks)
     inputs = make_inputs(shape, 0.0)
-    calls = _contenders(shape, mesh, _place(mesh, inputs), inputs)
+    calls = _contenders(shape, mesh, inputs.on(mesh).as_tuple(), inputs)
     # One after the other, and each back to back: what comes after another takes the processes
     # differently long, and a call then waits for the one that is late.
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
@@ -104,14 +103,6 @@ def _contenders(
         _PLAN: lambda: make_plan(topk_idx),
         _GATHER: lambda: gather(topk_idx),
     }
-
-
-def _place(mesh: Mesh, inputs: Inputs) -> tuple[Any, ...]:
-    layout = NamedSharding(mesh, P(AXIS))
-    return tuple(
-        jax.make_array_from_callback(a.shape, layout, lambda at, a=a: a[at])
-        for a in inputs.as_tuple()
-    )
 
 
 def _check(plan: jax_ep.Plan, out: jax.Array, inputs: Inputs) -> None:

@@ -5,26 +5,15 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from picture_style import GREY, INK, STYLE
 
-_INK, _GREY = "#1f2933", "#7b8794"
-_STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "font.size": 10,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-_COLORS = ("#2364aa", "#3a7d44", "#d9541e", "#b7950b", "#8e44ad", _INK, _GREY)
+_COLORS = ("#2364aa", "#3a7d44", "#d9541e", "#b7950b", "#8e44ad", INK, GREY)
 _LINE_OF_TEXT = 18.0
 """In pixels."""
 
@@ -60,11 +49,11 @@ def save(
     lines = [_Line(*each, color) for each, color in zip(named, _COLORS, strict=True)]
     top = 1.12 * max(max(line.values) for line in lines if line.name != steepest)
     # Made without pyplot, a figure needs no window system.
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 5.4), dpi=110, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         axes = figure.subplots()
-        axes.set_title(subtitle, loc="left", fontsize=9, color=_GREY)
+        axes.set_title(subtitle, loc="left", fontsize=9, color=GREY)
         axes.set_xscale("log", base=2)
         axes.set_xticks(num_ranks, [f"{ranks:,}" for ranks in num_ranks])
         axes.set_ylim(0, top)

@@ -10,21 +10,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from picture_style import STYLE
 
-_INK, _GREY = "#1f2933", "#7b8794"
-_STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "font.size": 10,
+_STYLE: dict[Any, Any] = STYLE | {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
 }
 _COLORS = {
     "native": "#2364aa",

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import layers
 import numpy as np
 import routing_steps
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from programs import AXIS, over_ranks
+from jax.sharding import Mesh
+from programs import over_ranks, put
 from shapes import Shape
 
 ROUTINGS = {"uniform": 0.0, "Zipf 0.3": 0.3, "Zipf 0.65": 0.65, "Zipf 1.0": 1.0}
@@ -45,10 +44,7 @@ def make_arrays(shape: Shape, topk_idx: np.ndarray, ffn_hidden: int) -> tuple[An
 
 def place(mesh: Mesh, arrays: Any) -> Any:
     """Puts each rank's part of all arrays on its device."""
-    layout = NamedSharding(mesh, P(AXIS))
-    return jax.tree.map(
-        lambda a: jax.make_array_from_callback(a.shape, layout, lambda at: a[at]), arrays
-    )
+    return jax.tree.map(lambda a: put(a, mesh), arrays)
 
 
 def compile_way(way: layers.Way, mesh: Mesh, arrays: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from baselines import Baseline
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from shapes import Shape
 
 import jax_ep
@@ -19,6 +19,7 @@ import jax_ep.testing
 from jax_ep import _programs
 from jax_ep._programs import AXIS as AXIS
 from jax_ep._programs import over_ranks as over_ranks
+from jax_ep._programs import put as put
 
 Implementation = Literal["xla", "native"]
 Tail = Literal["zero", "uninitialized"]
@@ -34,8 +35,7 @@ class Inputs:
 
     def on(self, mesh: Mesh) -> Inputs:
         """Puts each rank's part on its device."""
-        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        return Inputs(*(jax.device_put(array, sharding) for array in self.as_tuple()))
+        return Inputs(*(put(array, mesh) for array in self.as_tuple()))
 
     def as_tuple(self) -> tuple[Any, Any, Any]:
         return self.x, self.topk_idx, self.topk_weights

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from jax_ep._checks import check_positive
+from jax_ep._checks import check_nodes, check_positive
 from jax_ep._compat import bound_axes, manual_axes
 from jax_ep._layout import Layout
 from jax_ep._plan import Plan, check_arrays
@@ -67,14 +67,12 @@ def resolve_ranks(
         nodes are not made of whole ranks.
     """
     check_positive("num_experts", num_experts)
-    check_positive("ranks_per_node", ranks_per_node)
     binding, num_ranks = resolve_axis(axis_name)
     if num_experts % num_ranks:
         raise ValueError(
             f"num_experts must be a multiple of the {num_ranks} ranks; got {num_experts}."
         )
-    if num_ranks % ranks_per_node:
-        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+    check_nodes(ranks_per_node, num_ranks)
     return binding, num_ranks
 
 
@@ -107,10 +105,16 @@ def place(layout: Layout) -> Place:
     """Returns which rank of which group this is."""
     if layout.axis_name is None:
         return Place(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    rank = jax.lax.axis_index(layout.axis_name)
     others = tuple(name for name in manual_axes() if name not in layout.axis_names)
     group = jax.lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
-    return Place(rank.astype(jnp.int32), group.astype(jnp.int32))
+    return Place(rank_along(layout.axis_name), group.astype(jnp.int32))
+
+
+def rank_along(axis_name: AxisName) -> Int32[Array, ""]:
+    """Returns this rank's position along an axis that is bound, or 0 along none."""
+    if axis_name is None:
+        return jnp.zeros((), jnp.int32)
+    return jax.lax.axis_index(axis_name).astype(jnp.int32)
 
 
 def permute(layout: Layout, x: Array, target: Sequence[int]) -> Array:

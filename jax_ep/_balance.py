@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Num, PyTree
 
-from jax_ep._axes import resolve_ranks
+from jax_ep._axes import rank_along, resolve_ranks
 from jax_ep._checks import (
     check_array,
     check_dtype,
@@ -18,7 +18,7 @@ from jax_ep._checks import (
 from jax_ep._copies import plan_copies
 from jax_ep._dispatch import dispatch
 from jax_ep._lend import lend, most_rows
-from jax_ep._lent_slots import Choices, slots_of
+from jax_ep._lent_slots import slots_of
 from jax_ep._numbered import number_choices
 from jax_ep._plan import Plan, check_plan
 from jax_ep._types import DROPPED, AxisName, Implementation
@@ -116,14 +116,13 @@ def balance(
     if share is not None:
         _check_share(share, num_ranks)
     choices = number_choices(topk_idx, num_experts, implementation)
-    counts, rank = choices.counts[None], jnp.zeros((), jnp.int32)
+    counts = choices.counts[None]
     if axis_name is not None:
         counts = jax.lax.all_gather(choices.counts, axis_name)
-        rank = jax.lax.axis_index(axis_name)
     load = jnp.sum(counts, axis=0, dtype=jnp.int32)
     most = most_rows(load, num_ranks, ranks_together, slack, share)
     loans = lend(load, most, num_spares=num_spares, ranks_per_node=ranks_together)
-    slots = slots_of(Choices(choices.expert, choices.ordinal, counts, rank), loans)
+    slots = slots_of(choices, counts, rank_along(axis_name), loans)
     # What names no expert must name no slot either.
     none = jnp.where(topk_idx == DROPPED, DROPPED, num_experts + num_ranks * num_spares)
     copies = plan_copies(

@@ -32,6 +32,18 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
 
 
+def check_nodes(ranks_per_node: int, num_ranks: int) -> None:
+    """Checks that ranks make whole nodes.
+
+    Raises:
+      TypeError: ``ranks_per_node`` is not an int.
+      ValueError: it is below 1, or does not divide the ranks.
+    """
+    check_positive("ranks_per_node", ranks_per_node)
+    if num_ranks % ranks_per_node:
+        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+
+
 def check_seconds(name: str, value: object, least: float) -> None:
     """Checks that a time is a real number of seconds, finite and at least ``least``.
 

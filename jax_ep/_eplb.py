@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Num
 
-from jax_ep._checks import check_positive
+from jax_ep._checks import check_nodes, check_positive
 from jax_ep._placement import Placement
 
 _LEAST_GAIN = 1e-9
@@ -84,11 +84,9 @@ def _check_load(load: Num[np.ndarray, "num_experts"]) -> Float64[np.ndarray, "nu
 
 
 def _check_counts(num_experts: int, num_slots: int, num_ranks: int, ranks_per_node: int) -> None:
-    counts = {"num_slots": num_slots, "num_ranks": num_ranks, "ranks_per_node": ranks_per_node}
-    for name, count in counts.items():
-        check_positive(name, count)
-    if num_ranks % ranks_per_node:
-        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+    check_positive("num_slots", num_slots)
+    check_positive("num_ranks", num_ranks)
+    check_nodes(ranks_per_node, num_ranks)
     if num_slots % num_ranks:
         raise ValueError(f"num_slots must be a multiple of the {num_ranks} ranks; got {num_slots}.")
     most = num_experts * ranks_per_node

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from jax_ep._lend import Loans
+from jax_ep._numbered import Numbered
 from jax_ep._types import DROPPED
 
 
@@ -17,25 +18,23 @@ class _Places(NamedTuple):
     slot: Int32[Array, "places"]
 
 
-class Choices(NamedTuple):
-    """One rank's choices, and how often all ranks ask each expert.
+def slots_of(
+    choices: Numbered,
+    counts: Int32[Array, "num_ranks num_experts"],
+    rank: Int32[Array, ""],
+    loans: Loans,
+) -> Int32[Array, "num_tokens num_topk"]:
+    """Returns the slot of each of a rank's choices, as ``balance`` documents it.
 
-    Attributes:
-      expert: of each choice; anything where it is not routed.
-      ordinal: how many of the rank's choices of that expert come before, by (token, k).
+    Args:
+      choices: the rank's.
       counts: how often each rank asks each expert.
       rank: which rank this is.
+      loans: equal on all ranks.
+
+    Returns:
+      Slots; anything for a choice that names no expert.
     """
-
-    expert: Int32[Array, "num_tokens num_topk"]
-    ordinal: Int32[Array, "num_tokens num_topk"]
-    counts: Int32[Array, "num_ranks num_experts"]
-    rank: Int32[Array, ""]
-
-
-def slots_of(choices: Choices, loans: Loans) -> Int32[Array, "num_tokens num_topk"]:
-    """Returns the slot of each of a rank's choices, as ``balance`` documents it."""
-    counts, rank = choices.counts, choices.rank
     places = _lay_out(counts, loans)
     takes = jnp.zeros_like(counts)
     num_experts = counts.shape[1]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep import _balance, wire
+from jax_ep._axes import resolve_ranks
 from jax_ep._balance import Balance, with_copies
 from jax_ep._checks import (
     check_array,
@@ -110,6 +111,8 @@ def moe(
     check_array("x", x, "num_tokens, hidden")
     check_array("w_gate", w_gate, "num_local_experts, hidden, ffn_hidden")
     weights = (w_gate, w_up, w_down)
+    _, num_ranks = resolve_ranks(axis_name, num_experts, ranks_per_node)
+    _check_weights(x, weights, num_experts // num_ranks)
     if balance is not None and not isinstance(balance, Balance):
         raise TypeError(f"balance must be a jax_ep.Balance or None; got {balance!r}.")
     if balance is not None:
@@ -121,7 +124,6 @@ def moe(
             implementation=implementation,
             **balance._asdict(),
         )
-        _check_weights(x, weights, copies.num_tokens)
         weights = with_copies(weights, copies)
         num_experts += copies.num_experts
     send, receive = dispatch, combine
@@ -142,7 +144,6 @@ def moe(
             ranks_per_node=ranks_per_node,
             implementation=implementation,
         )
-        _check_weights(x, weights, plan.num_local_experts)
         with stream():
             rows = send(x, plan)
         rows = _experts(rows, weights, plan)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Num
 
-from jax_ep._axes import resolve_axis
-from jax_ep._checks import check_array, check_dtype, check_positive
+from jax_ep._axes import rank_along, resolve_axis
+from jax_ep._checks import check_array, check_dtype, check_nodes, check_positive
 from jax_ep._numbered import number_choices
 from jax_ep._types import AxisName
 
@@ -168,9 +168,7 @@ def place(
     check_array("topk_idx", topk_idx, "num_tokens, num_topk")
     check_dtype("topk_idx", topk_idx, jnp.int32)
     num_ranks = check_spread(placement, axis_name)
-    check_positive("ranks_per_node", ranks_per_node)
-    if num_ranks % ranks_per_node:
-        raise ValueError(f"ranks_per_node must divide the {num_ranks} ranks; got {ranks_per_node}.")
+    check_nodes(ranks_per_node, num_ranks)
     rank = rank_along(axis_name)
     choices = number_choices(topk_idx, placement.num_experts, None)
     first, count = jnp.asarray(placement.first_copy), jnp.asarray(placement.num_copies)
@@ -201,13 +199,6 @@ def check_spread(placement: Placement, axis_name: AxisName) -> int:
             f"{placement.num_slots}."
         )
     return num_ranks
-
-
-def rank_along(axis_name: AxisName) -> Int32[Array, ""]:
-    """Returns this rank's position along an axis that is bound, or 0 along none."""
-    if axis_name is None:
-        return jnp.zeros((), jnp.int32)
-    return jax.lax.axis_index(axis_name).astype(jnp.int32)
 
 
 def _prefer(

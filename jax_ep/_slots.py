@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PyTree
 
+from jax_ep._axes import rank_along
 from jax_ep._checks import check_leading_axis, check_one_of
 from jax_ep._compat import vary_together
 from jax_ep._dispatch import dispatch
 from jax_ep._make_plan import make_plan
-from jax_ep._placement import Placement, check_spread, rank_along
+from jax_ep._placement import Placement, check_spread
 from jax_ep._plan import Plan
 from jax_ep._types import DROPPED, AxisName, Implementation
 
