@@ -1,5 +1,6 @@
 """Expert-parallel dispatch and combine for JAX, inside the XLA program."""
 
+from jax_ep import experts as experts
 from jax_ep import routing as routing
 from jax_ep import wire as wire
 from jax_ep._balance import Balance as Balance

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int32
 
 from jax_ep import _native
@@ -101,7 +102,7 @@ def make_plan(
     routed = (topk_idx >= 0) & (topk_idx < num_experts)
     num_invalid = jnp.sum(~routed & (topk_idx != DROPPED), dtype=jnp.int32)
     topk_idx = jnp.where(routed, topk_idx, DROPPED)
-    arrays = exchange_plan(layout, binding, where, topk_idx)
+    arrays = checkpoint_name(exchange_plan(layout, binding, where, topk_idx), "jax_ep.plan")
     return assemble(layout, binding, num_invalid, arrays)
 
 

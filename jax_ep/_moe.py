@@ -1,31 +1,28 @@
-"""``moe``: dispatch, SwiGLU experts and combine in one call, per shard."""
+"""``moe``: dispatch, experts and combine in one call, per shard."""
 
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Num
 
 from jax_ep import _balance, wire
 from jax_ep._axes import resolve_ranks
 from jax_ep._balance import Balance, with_copies
-from jax_ep._checks import (
-    check_array,
-    check_dtype,
-    check_leading_axis,
-    check_positive,
-    check_shape,
-)
+from jax_ep._checks import check_array, check_leading_axis, check_one_of, check_positive
 from jax_ep._combine import combine
 from jax_ep._compat import beside_compute
 from jax_ep._dispatch import dispatch
-from jax_ep._grouped_matmul import grouped_matmul
 from jax_ep._make_plan import make_plan
+from jax_ep._named_experts import ExpertsName, check_weights, resolve_experts
 from jax_ep._plan import Plan
+from jax_ep._rows import dispatch_weighed
 from jax_ep._types import AxisName, Implementation
+
+Weigh: TypeAlias = Literal["output", "input"]
 
 
 @jax.named_scope("jax_ep.moe")
@@ -33,11 +30,10 @@ def moe(
     x: Float[Array, "num_tokens hidden"],
     topk_idx: Int32[Array, "num_tokens num_topk"],
     topk_weights: Float32[Array, "num_tokens num_topk"],
-    w_gate: Float[Array, "num_local_experts hidden ffn_hidden"],
-    w_up: Float[Array, "num_local_experts hidden ffn_hidden"],
-    w_down: Float[Array, "num_local_experts ffn_hidden hidden"],
-    *,
+    *weights: Num[Array, "num_local_experts ..."],
     num_experts: int,
+    experts: ExpertsName | Callable[..., jax.Array] = "swiglu",
+    weigh: Weigh = "output",
     axis_name: AxisName = None,
     capacity: int | None = None,
     alignment: int = 1,
@@ -49,22 +45,32 @@ def moe(
     wire_cotangents: jax.typing.DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "num_tokens hidden"], Plan]:
-    """Applies each token's SwiGLU experts and adds up their outputs, scaled by router weights.
+    """Applies each token's experts and adds up their outputs, scaled by router weights.
 
     Row ``t`` of the result is the sum over kept ``k`` of ``topk_weights[t, k] * expert_e(x[t])``
-    for ``e = topk_idx[t, k]``, where ``expert_e(v)`` is
+    for ``e = topk_idx[t, k]``, where ``expert_e(v)`` is, unless ``experts`` says otherwise,
     ``(silu(v @ w_gate[e]) * (v @ w_up[e])) @ w_down[e]``: https://arxiv.org/abs/2002.05202. Called
     by all ranks of the axis; communicates along it. Its cost follows the rows in use, not
     ``capacity``, but for the elementwise part.
+
+    Under ``jax.checkpoint`` with ``jax.checkpoint_policies.save_only_these_names("jax_ep.plan",
+    "jax_ep.rows", "jax_ep.out")`` a gradient repeats the experts' products but no exchange; with
+    ``"jax_ep.hidden"`` too, the last product alone.
 
     Args:
       x: this rank's tokens.
       topk_idx: the global expert of each choice, or ``DROPPED``; see ``make_plan``.
       topk_weights: used as given, not renormalised.
-      w_gate: this rank's experts' matrices, in the dtype of ``x``.
-      w_up: likewise.
-      w_down: likewise.
+      *weights: this rank's experts' parameters, what ``experts`` takes: by default ``w_gate`` and
+        ``w_up`` [num_local_experts, hidden, ffn_hidden] and ``w_down`` [num_local_experts,
+        ffn_hidden, hidden], in the dtype of ``x``.
       num_experts: experts on all ranks together.
+      experts: the expert network: ``"swiglu"``, ``"geglu"``, ``"clamped_swiglu"`` or ``"relu2"``,
+        see ``jax_ep.experts``; or a callable ``(rows, group_sizes, *weights)`` that returns a row
+        for each row, of any width: ``group_sizes`` as in a plan, and rows past the last group hold
+        anything, and nobody reads what becomes of them.
+      weigh: whether router weights scale what experts return, ``"output"``, or what they are given,
+        ``"input"``: then the sum is of ``expert_e(topk_weights[t, k] * x[t])``.
       axis_name: the axis the ranks lie along, as for ``make_plan``; None for one rank.
       capacity: rows of this rank's receive buffer, as for ``make_plan``, if there are several
         chunks for each of them; None drops nothing.
@@ -93,11 +99,11 @@ def moe(
       the plan's arrays have a leading axis of chunks: ``jax.vmap`` goes through it.
 
     Raises:
-      TypeError: an argument is no array or has another dtype than asked for, a count is no int, or
-        ``balance`` is no ``Balance``.
+      TypeError: an argument is no array or has another dtype than asked for, a count is no int,
+        ``experts`` takes another number of weights, or ``balance`` is no ``Balance``.
       ValueError: shapes do not fit one another, ``make_plan`` or ``balance`` refuses its arguments,
-        one of ``wire_dtype`` and ``wire_cotangents`` is out of range, or ``chunks`` does not divide
-        ``num_tokens``.
+        an option is out of range, ``wire_dtype`` is given with ``weigh="input"``, or ``chunks``
+        does not divide ``num_tokens``.
       NotImplementedError: ``implementation="native"`` where native code cannot serve.
 
     Example:
@@ -109,10 +115,10 @@ def moe(
       ([1, 1], ['0.731', '31.424'])
     """
     check_array("x", x, "num_tokens, hidden")
-    check_array("w_gate", w_gate, "num_local_experts, hidden, ffn_hidden")
-    weights = (w_gate, w_up, w_down)
+    network = resolve_experts(experts)
     _, num_ranks = resolve_ranks(axis_name, num_experts, ranks_per_node)
-    _check_weights(x, weights, num_experts // num_ranks)
+    check_weights(network, weights, x, num_experts // num_ranks)
+    send, receive = _exchanges(weigh, wire_dtype, wire_cotangents)
     if balance is not None and not isinstance(balance, Balance):
         raise TypeError(f"balance must be a jax_ep.Balance or None; got {balance!r}.")
     if balance is not None:
@@ -126,11 +132,6 @@ def moe(
         )
         weights = with_copies(weights, copies)
         num_experts += copies.num_experts
-    send, receive = dispatch, combine
-    if wire_dtype is not None:
-        send = partial(wire.dispatch, dtype=wire_dtype)
-    if wire_cotangents is not None:
-        receive = partial(wire.combine, cotangents=wire_cotangents)
 
     def apply(x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> tuple[Any, Plan]:
         plan = make_plan(
@@ -139,14 +140,14 @@ def moe(
             axis_name=axis_name,
             capacity=capacity,
             alignment=alignment,
-            # grouped_matmul never reads past the groups.
+            # Experts never read past the groups.
             tail="uninitialized",
             ranks_per_node=ranks_per_node,
             implementation=implementation,
         )
         with stream():
-            rows = send(x, plan)
-        rows = _experts(rows, weights, plan)
+            rows = send(x, plan, topk_weights)
+        rows = network(rows, plan.group_sizes, *weights)
         with stream():
             return receive(rows, plan, topk_weights), plan
 
@@ -176,22 +177,22 @@ def _in_chunks(
     return out.reshape(num_tokens, *out.shape[2:]), plan
 
 
-def _experts(rows: jax.Array, weights: tuple[jax.Array, ...], plan: Plan) -> jax.Array:
-    """Applies each group's SwiGLU expert to its rows."""
-    w_gate, w_up, w_down = weights
-    gate = grouped_matmul(rows, w_gate, plan.group_sizes)
-    up = grouped_matmul(rows, w_up, plan.group_sizes)
-    return grouped_matmul(jax.nn.silu(gate) * up, w_down, plan.group_sizes)
-
-
-def _check_weights(
-    x: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array], num_local_experts: int
-) -> None:
-    hidden, ffn_hidden = x.shape[1], weights[0].shape[2]
-    inward = ((num_local_experts, hidden, ffn_hidden), "num_local_experts, hidden, ffn_hidden")
-    outward = ((num_local_experts, ffn_hidden, hidden), "num_local_experts, ffn_hidden, hidden")
-    names = ("w_gate", "w_up", "w_down")
-    for name, weight, wanted in zip(names, weights, (inward, inward, outward), strict=True):
-        check_array(name, weight, wanted[1])
-        check_shape(name, weight, *wanted)
-        check_dtype(name, weight, x.dtype)
+def _exchanges(
+    weigh: Weigh,
+    wire_dtype: jax.typing.DTypeLike | None,
+    wire_cotangents: jax.typing.DTypeLike | None,
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Returns what brings tokens to experts, given their weights, and what brings rows back."""
+    check_one_of("weigh", weigh, ("output", "input"))
+    receive = combine
+    if wire_cotangents is not None:
+        receive = partial(wire.combine, cotangents=wire_cotangents)
+    if weigh == "input":
+        if wire_dtype is not None:
+            raise ValueError(
+                "wire_dtype must be None with weigh='input', which sends weighed tokens; got "
+                f"{wire_dtype!r}."
+            )
+        return dispatch_weighed, lambda rows, plan, _: receive(rows, plan)
+    send = dispatch if wire_dtype is None else partial(wire.dispatch, dtype=wire_dtype)
+    return lambda x, plan, _: send(x, plan), receive

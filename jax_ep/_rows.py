@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep._axes import check_use
 from jax_ep._checks import check_array, check_dtype, check_shape
@@ -118,11 +119,30 @@ def row_weights(
       [0.25, 0.75, 1.0, 0.0]
     """
     check_plan(plan)
+    ones = jnp.ones((plan.num_tokens, 1), jnp.float32)
+    return dispatch_weighed(ones, plan, topk_weights, call="row_weights")[:, 0]
+
+
+def dispatch_weighed(
+    x: Float[Array, "num_tokens hidden"],
+    plan: Plan,
+    topk_weights: Float32[Array, "num_tokens num_topk"],
+    *,
+    call: str = "dispatch",
+) -> Float[Array, "capacity hidden"]:
+    """Does as ``dispatch``, but multiplies each row by its choice's router weight on the way.
+
+    Products are formed in float32 and rounded once, to the dtype of ``x``.
+
+    Raises:
+      TypeError: ``topk_weights`` is not a float32 array.
+      ValueError: ``topk_weights`` is not ``[num_tokens, num_topk]``, or ``x`` has other tokens.
+    """
+    check_array("x", x, "num_tokens, hidden")
+    check_shape("x", x, (plan.num_tokens, x.shape[1]), "num_tokens, hidden")
     check_array("topk_weights", topk_weights, "num_tokens, num_topk")
     choices = (plan.num_tokens, plan.num_topk)
     check_shape("topk_weights", topk_weights, choices, "num_tokens, num_topk")
     check_dtype("topk_weights", topk_weights, jnp.float32)
-    ones = jnp.ones((plan.num_tokens, 1), jnp.float32)
-    payloads = [ones, topk_weights]
-    [rows] = exchange(GATHER_SCALED, plan, check_use(plan), "row_weights", payloads)
-    return rows[:, 0]
+    [rows] = exchange(GATHER_SCALED, plan, check_use(plan), call, [x, topk_weights])
+    return checkpoint_name(rows, "jax_ep.rows")

@@ -8,121 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Num
 
-from jax_ep._checks import check_array, check_dtype, check_positive, check_shape
+from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._scores import check_logits
+from jax_ep._topk import Router as Router
+from jax_ep._topk import sigmoid_topk as sigmoid_topk
+from jax_ep._topk import softmax_topk as softmax_topk
 from jax_ep._types import AxisName
-
-
-@jax.named_scope("jax_ep.routing.softmax_topk")
-def softmax_topk(
-    logits: Float[Array, "*tokens num_experts"], num_topk: int, *, renormalize: bool = True
-) -> tuple[Int32[Array, "*tokens num_topk"], Float32[Array, "*tokens num_topk"]]:
-    """Chooses the experts of the largest logits and weighs them by their softmax.
-
-    The weight of expert ``e`` is ``softmax(logits)[e]`` over all experts; with ``renormalize`` it
-    is divided by the sum of the chosen ones' weights, as in https://arxiv.org/abs/2401.04088.
-
-    Args:
-      logits: the router's scores; at least as many experts as ``num_topk``.
-      num_topk: choices per token.
-      renormalize: whether the weights of each token sum to 1.
-
-    Returns:
-      The chosen experts by descending logit, of equal ones the lowest index first, and their
-      weights, differentiable in ``logits``.
-
-    Raises:
-      TypeError: ``logits`` is no array of floats, or ``num_topk`` is not an int.
-      ValueError: ``logits`` is a scalar, or ``num_topk`` is below 1 or above the number of experts.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jax_ep import routing
-      >>> topk_idx, topk_weights = routing.softmax_topk(jnp.log(jnp.array([[1.0, 2.0, 6.0]])), 2)
-      >>> topk_idx.tolist(), [f"{w:.2f}" for w in topk_weights[0].tolist()]
-      ([[2, 1]], ['0.75', '0.25'])
-    """
-    _check_logits(logits)
-    _check_count("num_topk", num_topk, "num_experts", logits.shape[-1])
-    logits = logits.astype(jnp.float32)
-    chosen_logits, topk_idx = jax.lax.top_k(logits, num_topk)
-    if renormalize:
-        return topk_idx, jax.nn.softmax(chosen_logits, axis=-1)
-    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return topk_idx, jnp.exp(chosen_logits - log_total)
-
-
-@jax.named_scope("jax_ep.routing.sigmoid_topk")
-def sigmoid_topk(
-    logits: Float[Array, "*tokens num_experts"],
-    bias: Float[Array, "num_experts"],
-    num_topk: int,
-    *,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    scale: float = 1.0,
-) -> tuple[Int32[Array, "*tokens num_topk"], Float32[Array, "*tokens num_topk"]]:
-    """Chooses experts by sigmoid score plus bias, in the best groups, and weighs by score alone.
-
-    The score of expert ``e`` is ``sigmoid(logits)[e]``. Experts are ``num_groups`` groups of
-    neighbours; a group's value is the sum of its two largest ``score + bias``, and only the
-    ``topk_groups`` best groups are chosen from. The weight of a chosen expert is its score divided
-    by the sum of the chosen ones' scores, times ``scale``. As in DeepSeek-V3, section 2.1.2:
-    https://arxiv.org/abs/2412.19437.
-
-    Args:
-      logits: the router's scores before the sigmoid.
-      bias: added to the scores for choosing only, so it has no gradient; ``update_router_bias``
-        trains it.
-      num_topk: choices per token, at most the experts of ``topk_groups`` groups.
-      num_groups: groups that the experts are divided into; 1 for no groups.
-      topk_groups: groups that one token may choose from.
-      scale: what each token's weights sum to.
-
-    Returns:
-      The chosen experts by descending ``score + bias``, of equal ones the lowest index first, and
-      their weights, differentiable in ``logits``.
-
-    Raises:
-      TypeError: ``logits`` or ``bias`` is no array, ``logits`` holds no floats, or a count is no
-        int.
-      ValueError: ``logits`` is a scalar; ``bias`` is not ``[num_experts]``; ``num_groups`` does not
-        divide the number of experts; or a count is below 1 or above what there is to choose from.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jax_ep import routing
-      >>> logits, bias = jnp.array([[2.0, 0.0, 0.0, 2.0]]), jnp.array([0.0, 0.0, 0.9, 0.0])
-      >>> topk_idx, topk_weights = routing.sigmoid_topk(logits, bias, 2, num_groups=2)
-      >>> topk_idx.tolist(), [f"{w:.2f}" for w in topk_weights[0].tolist()]
-      ([[2, 3]], ['0.36', '0.64'])
-    """
-    _check_logits(logits)
-    num_experts = logits.shape[-1]
-    check_array("bias", bias, "num_experts")
-    check_shape("bias", bias, (num_experts,), "num_experts")
-    check_positive("num_groups", num_groups)
-    if num_experts % num_groups:
-        raise ValueError(f"num_groups must divide the {num_experts} experts; got {num_groups}.")
-    _check_count("topk_groups", topk_groups, "num_groups", num_groups)
-    eligible = num_experts // num_groups * topk_groups
-    _check_count("num_topk", num_topk, "the experts of topk_groups groups", eligible)
-    logits = logits.astype(jnp.float32)
-    biased = jax.lax.stop_gradient(jax.nn.sigmoid(logits) + bias.astype(jnp.float32))
-    _, topk_idx = jax.lax.top_k(_mask_groups(biased, num_groups, topk_groups), num_topk)
-    chosen_logits = jnp.take_along_axis(logits, topk_idx, axis=-1)
-    # A softmax of log scores divides the scores by their sum even where they underflow to zero.
-    return topk_idx, scale * jax.nn.softmax(jax.nn.log_sigmoid(chosen_logits), axis=-1)
-
-
-def _mask_groups(biased: jax.Array, num_groups: int, topk_groups: int) -> jax.Array:
-    """Puts ``-inf`` in place of the values of all but the best groups."""
-    if num_groups == topk_groups:
-        return biased
-    grouped = biased.reshape(*biased.shape[:-1], num_groups, -1)
-    best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-    _, group_idx = jax.lax.top_k(jnp.sum(best_two, axis=-1), topk_groups)
-    keep = jnp.any(jax.nn.one_hot(group_idx, num_groups, dtype=jnp.bool_), axis=-2)
-    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(biased.shape)
 
 
 @jax.named_scope("jax_ep.routing.load_balance_loss")
@@ -160,7 +51,7 @@ def load_balance_loss(
       >>> round(float(routing.load_balance_loss(probs, jnp.array([[0], [0]]))), 3)
       1.8
     """
-    _check_logits(probs, "probs")
+    check_logits(probs, "probs")
     _check_tokens(probs, topk_idx)
     num_experts = probs.shape[-1]
     probs = probs.reshape(-1, num_experts).astype(jnp.float32)
@@ -204,7 +95,7 @@ def router_z_loss(
       >>> round(float(routing.router_z_loss(jnp.zeros((3, 4)))), 3)  # log(4) ** 2
       1.922
     """
-    _check_logits(logits)
+    check_logits(logits)
     tokens = logits.shape[:-1]
     if where is None:
         where = jnp.ones_like(logits, shape=tokens, dtype=jnp.bool_)
@@ -254,20 +145,6 @@ def update_router_bias(
 
 def _sum_over(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
-def _check_logits(logits: jax.Array, name: str = "logits") -> None:
-    if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
-        given = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"{name} must be an array [tokens, num_experts] of floats; got {given}.")
-    if logits.ndim < 1:
-        raise ValueError(f"{name} must have shape [tokens, num_experts]; got [].")
-
-
-def _check_count(name: str, count: int, of_name: str, limit: int) -> None:
-    check_positive(name, count)
-    if count > limit:
-        raise ValueError(f"{name} must be at most {of_name} = {limit}; got {count}.")
 
 
 def _check_tokens(probs: jax.Array, topk_idx: jax.Array) -> None:

@@ -173,7 +173,7 @@ def test_what_is_no_token_takes_no_room():
     ("token_mask", "error", "message"),
     [
         (np.ones((3, 4), np.bool_), ValueError, r"token_mask must have shape .*\[3, 5\]; got"),
-        (np.ones(BATCH, np.int32), TypeError, "token_mask must have dtype bool; got int32"),
+        (np.ones(BATCH, np.int32), TypeError, "token_mask must hold booleans; got int32"),
         ([True], TypeError, "token_mask must be an array of booleans, or None; got list"),
     ],
 )

@@ -171,9 +171,9 @@ def weights(local=4, hidden=6, ffn=5, dtype=jnp.float32):
 )
 def test_errors(name, value, error, message):
     with pytest.raises(error, match=message):
-        jax_ep.moe(**{**weights(), name: value}, num_experts=4)
+        jax_ep.moe(*{**weights(), name: value}.values(), num_experts=4)
 
 
 def test_errors_of_make_plan_come_through():
     with pytest.raises(ValueError, match="capacity must be at least 1; got 0"):
-        jax_ep.moe(**weights(), num_experts=4, capacity=0)
+        jax_ep.moe(*weights().values(), num_experts=4, capacity=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from jax_ep import DROPPED, routing
 from jax_ep.flax import MoE
@@ -21,18 +22,24 @@ class DenseMoE(MoE):
         x: Float[Array, "*batch hidden"],
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
+        topk_idx: Int[Array, "*batch num_topk"] | None = None,
+        share: Float32[Array, "num_ranks"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], dict[str, Num[Array, "..."]]]:
         """Returns the outputs, and the losses and metrics that training uses, by name."""
-        num_experts, num_topk = self.config.num_experts, self.config.num_topk
+        del share, rngs  # There are no ranks that differ, and no jitter.
+        num_experts, router = self.config.num_experts, self.config.router
+        assert router is not None
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
         logits = jnp.matmul(x, self.router_kernel[...], precision=jax.lax.Precision.HIGHEST)
-        if self.config.router == "softmax":
-            topk_idx, topk_weights = routing.softmax_topk(logits, num_topk)
-            probs = jax.nn.softmax(logits)
-        else:
-            topk_idx, topk_weights = routing.sigmoid_topk(logits, self.router_bias[...], num_topk)
-            probs = jax.nn.softmax(jax.nn.log_sigmoid(logits))
+        topk_idx, topk_weights = router.choose(
+            logits,
+            self.config.num_topk,
+            bias=self.router_bias[...] if router.has_bias else None,
+            topk_idx=topk_idx,
+        )
+        probs = router.probs(logits)
         if token_mask is not None:
             topk_idx = jnp.where(token_mask[..., None], topk_idx, DROPPED)
         choices = jax.nn.one_hot(topk_idx, num_experts)

@@ -1,42 +1,50 @@
 """``MoE``: the expert layer as an ``nnx.Module``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jax_ep._checks import check_dtype, check_shape
+from jax_ep._moe import Weigh
+from jax_ep._named_experts import ExpertsName, resolve_experts
 from jax_ep._types import AxisName, Implementation
+from jax_ep.experts import Experts
 from jax_ep.flax._apply import Aux, apply
-from jax_ep.flax._config import Config, Router, Weights, mesh_axes
+from jax_ep.flax._config import Config, RouterName, resolve_router, token_axes
+from jax_ep.flax._inputs import Inputs, check_inputs, check_routed
+from jax_ep.flax._parameters import default_init, dims_of, shape_of, specs_of, with_dims
+from jax_ep.routing import Router
 
 
 class RouterBias(nnx.Variable):
-    """The bias of a sigmoid router: state, but no ``nnx.Param``, so that no optimizer trains it."""
+    """The bias of a router that has one: state, but no ``nnx.Param``: no optimizer trains it."""
 
 
 class MoE(nnx.Module):
-    """A router and its SwiGLU experts, from global arrays to global arrays.
+    """A router and its experts, from global arrays to global arrays.
 
     Called as ``layer(x)`` with ``x`` [..., hidden]. Every token goes to ``num_topk`` experts, and
-    the result is the sum of their outputs, weighed by the router: ``jax_ep.moe`` with
-    ``routing.softmax_topk`` or ``routing.sigmoid_topk``.
+    the result is the sum of their outputs, weighed by the router: ``jax_ep.moe`` behind a
+    ``routing.Router``. ``docs/models.md`` has the line for many a model.
 
     The layer opens the ``shard_map`` itself, over the mesh that ``jax.set_mesh`` put in context:
-    experts are sharded over ``axis_name``, and tokens over all of the mesh's axes, whatever the
-    shape of ``x`` (padding goes nowhere). Axes may be Auto or Explicit; the result has the sharding
-    of ``x`` where that is part of its type. Make the layer under the mesh, too, and its experts are
-    created sharded. Without a mesh the layer runs as one rank, and warns once if arguments are on
-    several devices. To go on under another mesh, move the state there:
-    ``jax.device_put(state, nnx.get_named_sharding(state, mesh))``.
+    experts are sharded over ``axis_name``, and tokens over all of the mesh's axes but
+    ``tensor_axis``, whatever the shape of ``x`` (padding goes nowhere). Axes may be Auto or
+    Explicit; the result has the sharding of ``x`` where that is part of its type. Make the layer
+    under the mesh, too, and its experts are created sharded. Without a mesh the layer runs as one
+    rank, and warns once if arguments are on several devices. To go on under another mesh, move the
+    state there: ``jax.device_put(state, nnx.get_named_sharding(state, mesh))``.
 
     Under ``nnx.capture(..., nnx.Intermediate)`` each call sows the following; otherwise it sows
     nothing. All are about the whole batch, equal on all devices:
 
-    * ``load_balance_loss`` and ``router_z_loss``, to be scaled and added to the loss;
-    * ``expert_load`` int32 [num_experts], what ``routing.update_router_bias`` takes;
+    * ``load_balance_loss`` and ``router_z_loss``, to be scaled and added to the loss; or what a
+      ``router`` that is called returned besides choices and weights;
+    * ``expert_load`` int32, choices of each expert, zero experts behind the others: what
+      ``routing.update_router_bias`` takes;
     * the scalars of ``load_metrics``: ratios of that load, but for ranks of what they have once
       experts are lent; and sums over devices for ``recv_rows``, ``logical_bytes``, ``wire_bytes``
       and ``node_wire_bytes``: those of ``dispatch``.
@@ -44,12 +52,17 @@ class MoE(nnx.Module):
     ``apply_with_aux`` returns them with the output instead, for Linen and plain functions.
 
     Attributes:
-      router_kernel: ``nnx.Param`` [hidden, num_experts].
-      router_bias: ``RouterBias`` float32 [num_experts], with ``router="sigmoid"`` only; zero until
-        ``routing.update_router_bias`` moves it.
-      w_gate: ``nnx.Param`` [num_experts, hidden, ffn_hidden].
-      w_up: ``nnx.Param`` [num_experts, hidden, ffn_hidden].
+      router_kernel: ``nnx.Param`` [hidden, num_experts + num_zero_experts].
+      router_bias: ``RouterBias`` float32, one for each of these, where the router ``has_bias``;
+        zero until ``routing.update_router_bias`` moves it. ``router_logit_bias`` is an
+        ``nnx.Param``.
+      w_gate: ``nnx.Param`` [num_experts, hidden, ffn_hidden]; it and all others are named and
+        shaped as ``experts.dims`` says, with the axis of experts in front.
+      w_up: likewise.
       w_down: ``nnx.Param`` [num_experts, ffn_hidden, hidden].
+      shared_w_gate: ``nnx.Param`` [hidden, shared_hidden], and so on, where there is a shared
+        expert, with ``shared_gate_kernel`` [hidden, 1].
+      latent_in: ``nnx.Param`` [hidden, latent_hidden], and ``latent_out`` back.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +75,15 @@ class MoE(nnx.Module):
       ((4, 10, 16), 80)
     """
 
+    # Made by name, of those that its options ask for.
+    router_kernel: nnx.Param
+    router_logit_bias: nnx.Param
+    router_bias: RouterBias
+    w_gate: nnx.Param
+    w_up: nnx.Param
+    w_gate_up: nnx.Param
+    w_down: nnx.Param
+
     def __init__(
         self,
         hidden: int,
@@ -69,9 +91,17 @@ class MoE(nnx.Module):
         num_experts: int,
         num_topk: int,
         *,
-        router: Router = "softmax",
+        router: RouterName | Router | Callable[..., Any] = "softmax",
+        experts: ExpertsName | Experts = "swiglu",
+        weigh: Weigh = "output",
+        num_zero_experts: int = 0,
+        latent_hidden: int | None = None,
+        shared_hidden: int | None = None,
+        gate_shared: bool = False,
         capacity_factor: float | None = None,
         axis_name: AxisName = "expert",
+        tensor_axis: str | None = None,
+        fsdp_axis: AxisName = None,
         ranks_per_node: int = 1,
         num_spares: int = 0,
         slack: float = 0.0,
@@ -82,6 +112,7 @@ class MoE(nnx.Module):
         wire_dtype: jax.typing.DTypeLike | None = None,
         wire_cotangents: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: jax.nn.initializers.Initializer | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the layer's parameters.
@@ -92,12 +123,28 @@ class MoE(nnx.Module):
           num_experts: experts on all devices together, a multiple of the devices along
             ``axis_name``.
           num_topk: choices per token.
-          router: ``"softmax"``, renormalised, or ``"sigmoid"`` with a selection bias.
+          router: ``"softmax"``, renormalised; ``"sigmoid"`` with a selection bias; a
+            ``routing.Router``; or a callable, such as an ``nnx.Module`` with parameters of its own,
+            that makes of ``x`` [..., hidden] the choices int32 [..., num_topk], their weights
+            float32 likewise, and a dict of what to sow.
+          experts: the expert network, by name or as ``jax_ep.experts.Experts`` says.
+          weigh: whether router weights scale what experts return, ``"output"``, or ``"input"``.
+          num_zero_experts: choices behind the ``num_experts`` that give a token back as it is, at
+            no cost: https://arxiv.org/abs/2509.01322.
+          latent_hidden: width of what crosses to experts, if not ``hidden``: the layer projects
+            tokens there and sums back.
+          shared_hidden: width inside a further expert of the same kind that all tokens go to.
+          gate_shared: whether a sigmoid scales its output, token by token.
           capacity_factor: how many times its fair share of choices a device has room for; choices
             beyond that are dropped. None drops nothing, at the price of a receive buffer for the
             worst case.
           axis_name: the mesh axis, or axes, that experts are sharded over. None replicates them on
             all devices, each of which then serves its own tokens.
+          tensor_axis: the mesh axis that ``ffn_hidden`` is cut over; its devices share their
+            tokens, and add up their results.
+          fsdp_axis: the mesh axis, or axes, that experts' parameters are stored over besides, by
+            their ``hidden``: each device gathers them when it needs them, and gradients come back
+            as they are stored, by a reduce-scatter.
           ranks_per_node: how many devices along ``axis_name`` are on a node, as for ``make_plan``;
             without a mesh there is one rank and one node.
           num_spares: how many busy experts each device along ``axis_name`` can borrow for a step,
@@ -114,22 +161,32 @@ class MoE(nnx.Module):
             ``"float8_e5m2"``: see ``jax_ep.wire``; None for ``dtype``.
           wire_cotangents: likewise for the cotangents of the result.
           param_dtype: dtype of the parameters.
-          rngs: ``params`` draws the initial parameters, each expert's by LeCun's normal.
+          kernel_init: draws a parameter, given a key, its shape and dtype; None for LeCun's normal
+            for each expert's matrices and zero for biases.
+          rngs: ``params`` draws the initial parameters.
 
         Raises:
-          TypeError: a size is not an int.
-          ValueError: a size or an option is out of range, or the mesh in context does not have
-            ``axis_name``, or its size does not divide ``num_experts`` or is no multiple of
-            ``ranks_per_node``.
+          TypeError: a size is not an int, or ``router`` or ``experts`` is none.
+          ValueError: a size or an option is out of range, or the mesh in context lacks an axis, or
+            its size does not divide what is cut over it or is no multiple of ``ranks_per_node``.
         """
+        network = with_dims(resolve_experts(experts))
         self.config = Config(
             hidden=hidden,
             ffn_hidden=ffn_hidden,
             num_experts=num_experts,
             num_topk=num_topk,
-            router=router,
+            router=resolve_router(router),
+            experts=network,
+            weigh=weigh,
+            num_zero_experts=num_zero_experts,
+            latent_hidden=latent_hidden,
+            shared_hidden=shared_hidden,
+            gate_shared=gate_shared,
             capacity_factor=capacity_factor,
             axis_name=axis_name,
+            tensor_axis=tensor_axis,
+            fsdp_axis=fsdp_axis,
             ranks_per_node=ranks_per_node,
             num_spares=num_spares,
             slack=slack,
@@ -140,25 +197,26 @@ class MoE(nnx.Module):
             wire_dtype=None if wire_dtype is None else jnp.dtype(wire_dtype).name,
             wire_cotangents=None if wire_cotangents is None else jnp.dtype(wire_cotangents).name,
         )
-        axes = mesh_axes(self.config, jax.sharding.get_abstract_mesh())
-        # Without a mesh Flax refuses the annotation.
-        sharded: dict[str, Any] = {"out_sharding": self.config.expert_spec} if axes else {}
-        init = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
-        inward = (num_experts, hidden, ffn_hidden)
-        outward = (num_experts, ffn_hidden, hidden)
-        kernel = init(rngs.params(), (1, hidden, num_experts), param_dtype)[0]
-        self.router_kernel = nnx.Param(kernel)
-        self.w_gate = nnx.Param(init(rngs.params(), inward, param_dtype), **sharded)
-        self.w_up = nnx.Param(init(rngs.params(), inward, param_dtype), **sharded)
-        self.w_down = nnx.Param(init(rngs.params(), outward, param_dtype), **sharded)
-        if router == "sigmoid":
-            self.router_bias = RouterBias(jnp.zeros(num_experts, jnp.float32))
+        self.router = router if callable(router) and self.config.router is None else None
+        on_mesh = bool(token_axes(self.config, jax.sharding.get_abstract_mesh()))
+        specs = specs_of(self.config)
+        for name, dims in dims_of(self.config).items():
+            init = default_init(name, dims) if kernel_init is None else kernel_init
+            value = init(rngs.params(), shape_of(self.config, dims), param_dtype)
+            # Without a mesh Flax refuses the annotation.
+            sharded: dict[str, Any] = {"out_sharding": specs[name]} if on_mesh else {}
+            setattr(self, name, nnx.Param(value, **sharded))
+        if self.config.router is not None and self.config.router.has_bias:
+            self.router_bias = RouterBias(jnp.zeros(self.config.num_choosable, jnp.float32))
 
     def __call__(
         self,
         x: Float[Array, "*batch hidden"],
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
+        topk_idx: Int[Array, "*batch num_topk"] | None = None,
+        share: Float32[Array, "num_ranks"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*batch hidden"]:
         """Applies the layer and sows losses and metrics.
 
@@ -167,19 +225,27 @@ class MoE(nnx.Module):
           token_mask: which of them are tokens; None for all. The others, such as the padding of
             sequences, may hold anything: they go nowhere, take no room, and count in no loss and
             no load.
+          topk_idx: choices that were made elsewhere, by a table of token ids or in an earlier run;
+            the router weighs them by its scores. None to choose.
+          share: how much of the mean each device along ``axis_name`` takes, with ``num_spares``:
+            see ``jax_ep.balance``.
+          rngs: draws the router's jitter from its ``router`` stream; None for none, as in serving.
 
         Returns:
           As many outputs, in ``dtype``; zero for a token whose choices were all dropped, and for
           what is no token.
 
         Raises:
-          TypeError: ``x`` is no array of floats, or ``token_mask`` no array of booleans.
+          TypeError: an argument is no array of what it has to hold.
           ValueError: the last axis of ``x`` is not ``hidden``, or the others are not those of
-            ``token_mask``; the mesh in context does not suit
-            the layer or is not the one of its weights; or a ``shard_map`` encloses the call.
+            ``token_mask`` and ``topk_idx``; ``topk_idx`` or ``rngs`` is given to a router that is
+            called; the mesh in context does not suit the layer or is not the one of its weights; or
+            a ``shard_map`` encloses the call.
           NotImplementedError: ``implementation="native"`` where native code cannot serve.
         """
-        out, aux = self.apply_with_aux(x, token_mask=token_mask)
+        out, aux = self.apply_with_aux(
+            x, token_mask=token_mask, topk_idx=topk_idx, share=share, rngs=rngs
+        )
         # Outside of nnx.capture, sow would store into the layer, and more at every call.
         if hasattr(self, "__captures__"):
             for name, value in aux.items():
@@ -191,12 +257,18 @@ class MoE(nnx.Module):
         x: Float[Array, "*batch hidden"],
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
+        topk_idx: Int[Array, "*batch num_topk"] | None = None,
+        share: Float32[Array, "num_ranks"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], Aux]:
         """Applies the layer as a call does, and returns what the call would sow.
 
         Args:
           x: tokens, in any shape.
           token_mask: which of them are tokens, as for a call.
+          topk_idx: choices, as for a call.
+          share: as for a call.
+          rngs: as for a call.
 
         Returns:
           The outputs, and losses and metrics by name.
@@ -206,25 +278,17 @@ class MoE(nnx.Module):
           ValueError: as for a call.
           NotImplementedError: as for a call.
         """
-        _check_input(x, self.config.hidden)
-        if token_mask is not None:
-            _check_mask(token_mask, x)
-        bias = self.router_bias[...] if self.config.router == "sigmoid" else None
-        experts = (self.w_gate[...], self.w_up[...], self.w_down[...])
-        return apply(self.config, Weights(self.router_kernel[...], bias, *experts), x, token_mask)
-
-
-def _check_mask(token_mask: jax.Array, x: jax.Array) -> None:
-    if not hasattr(token_mask, "dtype") or not hasattr(token_mask, "shape"):
-        given = type(token_mask).__name__
-        raise TypeError(f"token_mask must be an array of booleans, or None; got {given}.")
-    check_dtype("token_mask", token_mask, jnp.bool_)
-    check_shape("token_mask", token_mask, x.shape[:-1], "...")
-
-
-def _check_input(x: jax.Array, hidden: int) -> None:
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-        given = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"x must be an array [..., hidden] of floats; got {given}.")
-    if x.ndim == 0 or x.shape[-1] != hidden:
-        raise ValueError(f"x must have shape [..., hidden = {hidden}]; got {list(x.shape)}.")
+        inputs = Inputs(x, token_mask, topk_idx, share=share)
+        check_inputs(self.config, inputs, has_rngs=rngs is not None)
+        routed_aux: Aux = {}
+        if self.router is not None:
+            topk_idx, topk_weights, routed_aux = self.router(x)
+            inputs = inputs._replace(topk_idx=topk_idx, topk_weights=topk_weights)
+            check_routed(self.config, inputs)
+        elif rngs is not None and self.config.router is not None and self.config.router.jitter:
+            inputs = inputs._replace(jitter_key=rngs.router())
+        weights = {name: getattr(self, name)[...] for name in dims_of(self.config)}
+        if hasattr(self, "router_bias"):
+            weights["router_bias"] = self.router_bias[...]
+        out, aux = apply(self.config, weights, inputs)
+        return out, {**routed_aux, **aux}

@@ -6,7 +6,7 @@ import warnings
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from jax_ep.flax._config import Weights
+from jax_ep.flax._parameters import Weights
 
 # To warn once, whatever others do to Python's filters.
 _num_spread_calls = itertools.count()
@@ -19,11 +19,10 @@ def check_placement(mesh: AbstractMesh, weights: Weights, x: jax.Array) -> None:
       ValueError: the weights are on another mesh than the one in context, or there is none and an
         array is on a mesh of Explicit axes.
     """
-    named = {name: array for name, array in weights._asdict().items() if array is not None}
     if mesh.empty:
-        _check_without_mesh({"x": x, **named})
+        _check_without_mesh({"x": x, **weights})
         return
-    for name, weight in named.items():
+    for name, weight in weights.items():
         own = jax.typeof(weight).sharding.mesh
         # Where the axes are Auto, JAX cannot make gradients of Explicit arrays.
         was_explicit = AxisType.Explicit in own.axis_types
