@@ -7,6 +7,7 @@ a core to themselves, what an overfull rank costs and balancing gains. Outputs a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -36,6 +37,9 @@ _TRACE = "a trace"
 
 _repeats = flags.DEFINE_integer("repeats", 15, "Runs of each way.", lower_bound=1)
 _pinned = flags.DEFINE_integer("pinned", 8, "Routings of the pinned processes.", lower_bound=0)
+_routings = flags.DEFINE_list(
+    "routings", [*ROUTINGS, BURSTS], "Routings to draw; a trace, if given, comes besides."
+)
 _trace = flags.DEFINE_string(
     "trace", None, "Choices of steps [steps, tokens, num_topk], as the demo's --trace writes them."
 )
@@ -43,18 +47,22 @@ _picture = flags.DEFINE_string("picture", None, "Where to draw it, a PNG.")
 _quick = flags.DEFINE_bool("quick", False, "One small case, a few rounds: does it all still run?")
 
 
-def choices_of(shape: Shape, routing: str) -> np.ndarray:
-    """Returns all ranks' choices: drawn, or the trace's last step, repeated if it is short."""
+def choices_of(shape: Shape, routing: str) -> tuple[Shape, np.ndarray]:
+    """Returns all ranks' choices, drawn, or the trace's last step, repeated if it is short.
+
+    A trace has as many experts, and choices a token, as it has: the shape says so.
+    """
     if routing != _TRACE or _trace.value is None:
-        return draw(shape, routing)
+        return shape, draw(shape, routing)
     step = np.load(_trace.value)[-1]
-    assert step.max() < shape.num_experts, f"the trace has experts over {shape.num_experts}"
-    rows = np.resize(step, (shape.num_ranks * shape.num_tokens, step.shape[-1]))
-    return rows.reshape(shape.num_ranks, shape.num_tokens, -1).astype(np.int32)
+    num_experts = -(-int(step.max() + 1) // shape.num_ranks) * shape.num_ranks
+    shape = dataclasses.replace(shape, num_experts=num_experts, num_topk=step.shape[-1])
+    rows = np.resize(step, (shape.num_ranks * shape.num_tokens, shape.num_topk))
+    return shape, rows.reshape(shape.num_ranks, shape.num_tokens, -1).astype(np.int32)
 
 
 def bench_routing(
-    shape: Shape, routing: str, topk_idx: np.ndarray, mesh: Mesh, repeats: int
+    shape: Shape, topk_idx: np.ndarray, routing: str, mesh: Mesh, repeats: int
 ) -> list[dict[str, Any]]:
     """Times every way under one routing; returns a record of each."""
     arrays = place(mesh, make_arrays(shape, topk_idx, _FFN_HIDDEN[shape.name]))
@@ -116,12 +124,21 @@ def bench_parts(shape: Shape, mesh: Mesh, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def pin(core: int) -> None:
+    """Keeps all threads that this process has by now on one core.
+
+    XLA's have all cores whatever the one has that started them, and come with the first runs.
+    """
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task), {core})
+
+
 @multiprocess(2, 1, timeout=900)
 def _measure_pinned(folder: str, shape: Shape, num_routings: int, repeats: int) -> None:
     """Has each process run on one core, a rank each; saves how long each call took here."""
     cores = sorted(os.sched_getaffinity(0))
-    for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), {cores[jax.process_index() % len(cores)]})
+    core = cores[jax.process_index() % len(cores)]
     mesh, seconds = make_mesh(2), []
     contenders = {n: w for n, w in layers.ways(shape).items() if n in (_NATIVE, _BALANCED, _XLA)}
     compiled: dict[str, Any] = {}
@@ -131,6 +148,7 @@ def _measure_pinned(folder: str, shape: Shape, num_routings: int, repeats: int) 
         compiled = compiled or {n: compile_way(w, mesh, arrays) for n, w in contenders.items()}
         for turn in range(-2, repeats):
             row = []
+            pin(core)
             for program in compiled.values():
                 start = time.perf_counter()
                 jax.block_until_ready(program(*arrays))
@@ -169,6 +187,13 @@ def bench_pinned(shape: Shape, num_routings: int, repeats: int) -> list[dict[str
     return records
 
 
+def print_json(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints each record on a line of its own; returns them."""
+    for record in records:
+        timing.print_json(record)
+    return records
+
+
 def print_goals(records: Sequence[dict[str, Any]]) -> None:
     """Prints whether native code is faster than all others, and balanced faster than not."""
     rows = []
@@ -200,15 +225,15 @@ def main(argv: Sequence[str]) -> None:
     timing.print_json(timing.environment())
     mesh, repeats = make_mesh(SMALL.num_ranks), 2 if _quick.value else _repeats.value
     shape = dataclasses.replace(SMALL, num_tokens=16, hidden=32) if _quick.value else SMALL
-    routings = [*ROUTINGS, BURSTS, *([_TRACE] if _trace.value else [])]
+    routings = [*filter(None, _routings.value), *([_TRACE] if _trace.value else [])]
     records: list[dict[str, Any]] = []
     for routing in [_GOAL_ROUTING] if _quick.value else routings:
-        found = bench_routing(shape, routing, choices_of(shape, routing), mesh, repeats)
+        found = bench_routing(*choices_of(shape, routing), routing, mesh, repeats)
         columns = ("way", "tokens_per_s", "dropped", "median_ms", "p99_ms", "temp_mb")
         title = f"{routing}: busiest rank {found[0]['busiest_over_mean']} of the mean"
         timing.print_table(title, columns, [[record[name] for name in columns] for record in found])
-        records += found
-    records += (parts := bench_parts(shape, mesh, repeats))
+        records += print_json(found)
+    records += print_json(parts := bench_parts(shape, mesh, repeats))
     timing.print_table("parts", ("what", "ms"), [[r["what"], r["median_ms"]] for r in parts])
     if _pinned.value:
         shape = dataclasses.replace(PINNED, num_tokens=16, hidden=32) if _quick.value else PINNED
@@ -218,10 +243,8 @@ def main(argv: Sequence[str]) -> None:
         timing.print_table(
             title, columns, [[record[name] for name in columns] for record in pinned]
         )
-        records += pinned
+        records += print_json(pinned)
     print_goals(records)
-    for record in records:
-        timing.print_json(record)
     if (path := _picture.value) is not None:
         layer_picture.save(pathlib.Path(path), records)
 

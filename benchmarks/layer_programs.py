@@ -14,7 +14,7 @@ from programs import over_ranks, put
 from shapes import Shape
 
 ROUTINGS = {"uniform": 0.0, "Zipf 0.3": 0.3, "Zipf 0.65": 0.65, "Zipf 1.0": 1.0}
-BURSTS = "Zipf 0.65, bursts"
+BURSTS = "Zipf 0.65 with bursts"
 
 
 def draw(shape: Shape, routing: str, seed: int = 0) -> np.ndarray:
