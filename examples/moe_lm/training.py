@@ -134,7 +134,7 @@ def choices(
     """Returns which experts the first layer's router chooses."""
     moe = model.blocks[0].moe
     logits = moe_input.reshape(-1, moe.config.hidden) @ moe.router_kernel[...]
-    if moe.config.router == "sigmoid":
+    if moe.config.router is not None and moe.config.router.has_bias:
         return np.asarray(
             routing.sigmoid_topk(logits, moe.router_bias[...], moe.config.num_topk)[0]
         )
