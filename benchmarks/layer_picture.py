@@ -60,9 +60,10 @@ def _draw_speeds(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
                     place, speed, f" {percent}", rotation=90, ha="center", va="bottom", size=7
                 )
     busiest = {r["routing"]: r["busiest_over_mean"] for r in records}
-    labels = [f"{name}\nbusiest rank {busiest[name]:.2f} of the mean" for name in routings]
+    labels = [f"{name}\nbusiest rank: {busiest[name]:.2f}" for name in routings]
     axes.set_xticks(range(len(routings)), labels, size=8)
-    axes.set_title("A layer forward and backward: thousand tokens a second")
+    axes.set_title("A layer forward and backward: thousand tokens a second, by routing")
+    axes.set_xlabel("busiest rank: its load over the mean")
     axes.legend(ncols=4, frameon=False, fontsize=8, loc="upper center")
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
 

@@ -1,8 +1,10 @@
 """``eplb``: a placement of experts by what was asked of them, on the host."""
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Num
 
@@ -12,6 +14,7 @@ from jax_ep._placement import Placement
 _LEAST_GAIN = 1e-9
 
 
+@partial(jax.profiler.annotate_function, name="jax_ep.eplb")
 def eplb(
     load: Num[np.ndarray, "num_experts"],
     num_slots: int,

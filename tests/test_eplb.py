@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 
 import jax
@@ -192,3 +193,10 @@ def test_loads_of_slots_are_refused(load):
 def test_a_proposal_is_for_a_placement_of_the_same_experts(placement, error, message):
     with pytest.raises(error, match=message):
         jax_ep.Rebalancer(4, 6, 2).propose(placement)
+
+
+def test_a_profile_shows_it(tmp_path):
+    with jax.profiler.trace(tmp_path):
+        jax_ep.eplb(np.arange(8), 8, 4)
+    profiles = [gzip.decompress(file.read_bytes()) for file in tmp_path.rglob("*.json.gz")]
+    assert any(b"jax_ep.eplb" in profile for profile in profiles)
