@@ -31,12 +31,19 @@ VOCABULARY = 32
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block of one family: its class, the family's options, and what else the class takes."""
+    """A block of one family.
+
+    Attributes:
+      block: its class, which is given the configuration and ``args``.
+      options: of the configuration.
+      gain: scales what comes before experts' activations, to reach where these clamp.
+    """
 
     model_type: str
     block: str
     options: dict[str, Any]
     args: tuple[Any, ...] = ()
+    gain: float = 1.0
 
 
 def sizes(
@@ -50,7 +57,7 @@ def sizes(
 DEEPSEEK_V3 = sizes(
     "n_routed_experts", n_group=4, topk_group=2, n_shared_experts=2, routed_scaling_factor=2.5
 )
-# Values reach past the limit, that clamping them is seen.
+# With a limit that many values reach past.
 DEEPSEEK_V4 = sizes(
     "n_routed_experts",
     vocab_size=VOCABULARY,
@@ -98,7 +105,9 @@ CASES = {
         "OlmoeSparseMoeBlock",
         sizes("num_experts", "intermediate_size", norm_topk_prob=False),
     ),
-    "gpt_oss": Case("gpt_oss", "GptOssMLP", sizes("num_local_experts", "intermediate_size")),
+    "gpt_oss": Case(
+        "gpt_oss", "GptOssMLP", sizes("num_local_experts", "intermediate_size"), gain=4.0
+    ),
     "llama4_text": Case(
         "llama4_text", "Llama4TextMoe", sizes("num_local_experts", "intermediate_size")
     ),
@@ -136,7 +145,7 @@ def record(name: str, case: Case) -> dict[str, np.ndarray]:
     torch = importlib.import_module("torch")
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     config, block = make_block(case)
-    draw_weights(rng, block)
+    draw_weights(rng, block, case.gain)
     x, ids = draw_tokens(rng, block)
     dout = bfloat16(rng.normal(size=x.shape))
     leaf = torch.tensor(x, requires_grad=True)
@@ -176,16 +185,17 @@ def make_block(case: Case) -> tuple[Any, Any]:
     return config, getattr(modeling, case.block)(config, *case.args)
 
 
-def draw_weights(rng: np.random.Generator, block: Any) -> None:
+def draw_weights(rng: np.random.Generator, block: Any, gain: float) -> None:
     """Fills all of a block's arrays with numbers that bfloat16 has, too."""
     torch = importlib.import_module("torch")
-    for value in block.state_dict().values():
+    for name, value in block.state_dict().items():
         if value.dtype == torch.int64:  # the hash layers' table: distinct experts for each token
             drawn = rng.permuted(np.tile(np.arange(NUM_EXPERTS), (len(value), 1)), axis=1)
             drawn = drawn[:, : value.shape[1]]
         else:
-            # A vector is a bias, and small enough to choose now and then only.
+            # A vector is a bias, and too small to choose by itself.
             scale = 0.2 if value.ndim == 1 else 0.4
+            scale *= gain if "gate_up" in name else 1.0
             drawn = bfloat16(scale * rng.normal(size=value.shape))
         value.copy_(torch.tensor(drawn))
 
