@@ -1,0 +1,4 @@
+"""Other libraries' names and layouts for what ``jax_ep`` computes.
+
+Nothing is imported here: each module is for one library, which it knows but does not import.
+"""
