@@ -55,10 +55,7 @@ PROGRAMS = [
         marks=() if name in VARIED else pytest.mark.once,
     )
     for name in NAMES
-] + [
-    ("deepseek_v3", "data_expert", "xla"),
-    ("llama4_text", "expert", "xla"),
-]
+] + [("llama4_text", "expert", "xla")]
 
 
 @dataclasses.dataclass(frozen=True)
