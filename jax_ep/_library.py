@@ -17,7 +17,7 @@ from jax_ep._types import Platform
 
 _FILES: dict[Platform, str] = {"cpu": "libjax_ep_cpu.so", "gpu": "libjax_ep_cuda.so"}
 _BUILDS: dict[Platform, str] = {
-    "cpu": "`pip install .` builds it",
+    "cpu": "with a C++20 compiler on Linux or macOS, `pip install .` builds it",
     "gpu": "`pip install -C cmake.define.JAX_EP_CUDA=ON .` builds it",
 }
 _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}

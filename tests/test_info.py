@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from implementations import require
+from implementations import EMULATED, require
 
 import jax_ep
 from jax_ep import _fabrics, _info, _library
@@ -62,6 +67,39 @@ def test_native_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines["native"] == "does not serve: the needle"
     assert lines["None"] == "takes xla"
     assert lines["unusable"] == "the needle"
+
+
+def test_a_library_that_is_not_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, forget: None
+) -> None:
+    """The package is whole without it; one warning and ``info`` say how to get it."""
+    monkeypatch.setattr(_library, "library_path", lambda _: tmp_path / "libjax_ep_cpu.so")
+    how = "with a C++20 compiler on Linux or macOS, `pip install .` builds it"
+    x, weights = jnp.ones((4, 8)), jnp.ones((2, 8, 8))
+    arrays = (x, jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1)), weights, weights, weights)
+    said = f"jax_ep uses implementation='xla': .*{re.escape(how)}"
+    with pytest.warns(RuntimeWarning, match=said):
+        jax_ep.moe(*arrays, num_experts=2)
+    # Said once: another warning would be an error.
+    out, plan = jax_ep.moe(*arrays, num_experts=2)
+    assert plan.implementation == "xla"
+    np.testing.assert_allclose(out, 64 * jax.nn.silu(8.0), rtol=1e-5)
+    lines = _lines()
+    assert lines["None"] == "takes xla"
+    assert how in lines["unusable"]
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Has the library be looked for anew, in the test and after it."""
+    if EMULATED:
+        pytest.skip("emulated GPUs have a library of their own, which is found otherwise")
+    cached = (_library.library_problem, _library.native_problem, _library.warn_once)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
 
 
 def test_several_processes_are_told() -> None:
