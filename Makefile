@@ -15,11 +15,15 @@ CUDA_ARCHITECTURES ?= 80;90;100f;120f
 CONFIGURE = $(BIN)/cmake -S ffi -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
 CXX_FILES = find ffi tests/native -name '*.cc' -o -name '*.cu' -o -name '*.h'
+# Installs what one of the package's extras names into an environment.
+install_extra = $(1)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')) \
+  ['project']['optional-dependencies']['$(2)'], sep='\n')" > $(1)/$(2).txt \
+  && $(1)/bin/python -m pip install --quiet --requirement $(1)/$(2).txt
 clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $(BIN)/clang-tidy '\.$(2)$$' \
   > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test protocol cuda bench clean
+.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test protocol cuda docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -80,6 +84,10 @@ cuda: $(PACKAGE) $(TOOLS) ## build the library for GPUs (a minute), print what i
 	$(RUN) ffi/cuda/resources.py table build/cuda
 	install build/cuda/cuda/libjax_ep_cuda.so $(CUDA_LIBRARY)
 
+docs: $(PACKAGE) $(VENV)/.docs ## make a site of the documentation, in build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env -c docs/site -d build/docs.cache . build/docs
+	@echo "See build/docs/index.html"
+
 # On a GPU machine, benchmarks/gpu.sh; with several GPUs, benchmarks/bench_gpu_mesh.py.
 bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul on the CPU
 	set -e; for script in $(filter-out %/bench_gpu.py %/bench_gpu_mesh.py,$(wildcard benchmarks/bench_*.py)); do $(RUN) $$script; done
@@ -96,9 +104,11 @@ $(PACKAGE): pyproject.toml $(NATIVE_SOURCES) $(if $(wildcard $(LIBRARY)),,FORCE)
 	touch $@
 
 $(TOOLS): pyproject.toml | $(RUN)
-	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')) \
-	  ['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/tools.txt
-	$(RUN) -m pip install --quiet --requirement $(VENV)/tools.txt
+	$(call install_extra,$(VENV),dev)
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(RUN)
+	$(call install_extra,$(VENV),docs)
 	touch $@
 
 CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)
