@@ -9,7 +9,16 @@ import types
 import jax_ep
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "api.md"
-MODULES = {"routing", "wire", "testing", "flax.MoE", "flax.RouterBias"}
+MODULES = {
+    "experts",
+    "flax.MoE",
+    "flax.RouterBias",
+    "integrations.levanter",
+    "integrations.transformers",
+    "routing",
+    "testing",
+    "wire",
+}
 
 
 def test_the_api_page_lists_what_is_public() -> None:

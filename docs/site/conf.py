@@ -30,7 +30,19 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 100
 
-_GUIDES = ("using_plans", "balance", "placement", "fp8", "sight", "rounds", "scaling", "gpu_fabric")
+_GUIDES = (
+    "layer",
+    "models",
+    "trainers",
+    "using_plans",
+    "balance",
+    "placement",
+    "fp8",
+    "sight",
+    "rounds",
+    "scaling",
+    "gpu_fabric",
+)
 _INSIDE = ("docs/how_a_call_travels", "docs/protocol", "docs/releasing", "CONTRIBUTING")
 _PAGES = {
     "Guides": [f"docs/{name}" for name in _GUIDES],
