@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/has_avx2.h"
 #include "cpu/row_encoding.h"
 
 namespace jax_ep::cpu {
@@ -24,9 +25,7 @@ void RunChunk(const void* opaque, std::int64_t chunk) {
 
 EncodeLoop* BestEncodeLoop() {
 #if defined(__x86_64__)
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return EncodeAvx2;
+  if (HasAvx2()) return EncodeAvx2;
 #endif
   return EncodeBaseline;
 }

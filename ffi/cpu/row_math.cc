@@ -1,6 +1,8 @@
-// Asks the CPU which instruction sets it has; the loops are in row_math_isa.cc.
+// Chooses by which instruction sets the CPU has; the loops are in row_math_isa.cc.
 
 #include "cpu/row_math.h"
+
+#include "cpu/has_avx2.h"
 
 namespace jax_ep::cpu {
 
@@ -11,9 +13,7 @@ extern const RowMath kRowMathAvx2;
 
 const RowMath& BestRowMath() {
 #if defined(__x86_64__)
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return kRowMathAvx2;
+  if (HasAvx2()) return kRowMathAvx2;
 #endif
   return kRowMathBaseline;
 }

@@ -19,7 +19,7 @@ FirstRun DescribeRun(CallReader& reader, const Group& group, std::int64_t run_id
   run.group = group.id;
   run.run_id = run_id;
   if (reader.failed()) return run;
-  run.kind = reader.Attribute("kind");
+  run.kind = static_cast<std::uint64_t>(reader.Attribute("kind"));
   run.rank = *where.rank;
   run.process_of = group.Processes();
   return run;

@@ -21,10 +21,13 @@ void WriteControl(std::uint64_t value) {
 #elif defined(__aarch64__)
 constexpr std::uint64_t kDefaultControl = 0;
 
-std::uint64_t ReadControl() { return __builtin_aarch64_get_fpcr(); }
-void WriteControl(std::uint64_t value) {
-  __builtin_aarch64_set_fpcr(static_cast<std::uint32_t>(value));
+// GCC and clang have builtins for it, by different names.
+std::uint64_t ReadControl() {
+  std::uint64_t value;
+  asm volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
 }
+void WriteControl(std::uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
 #else
 #error "jax_ep supports x86-64 and arm64"
 #endif
