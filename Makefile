@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 PACKAGE := $(VENV)/.package
 TOOLS := $(VENV)/.tools
+WHEEL_TOOLS := build/wheel-tools/.wheel
 NATIVE_SOURCES := $(shell find ffi -type f -not -path '*/cuda/*')
 LIBRARY := jax_ep/libjax_ep_cpu.so
 CUDA_LIBRARY := jax_ep/libjax_ep_cuda.so
@@ -23,7 +24,7 @@ clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $
   > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test protocol cuda docs bench clean
+.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test arm-test protocol cuda docs wheel bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -72,6 +73,18 @@ emulated-test: FORCE $(PACKAGE) $(TOOLS) ## run the tests on emulated GPUs (half
 	JAX_EP_EMULATED_GPUS=$(abspath build/native-plain/native_tests/libjax_ep_cuda_emulated.so) JAX_EP_REQUIRE_NATIVE=1 \
 	  $(RUN) -m pytest $(EMULATED_TESTS) -m 'not xla' $(PYTEST_ARGS)
 
+# Linked with musl, which a program can hold all of: nothing else for arm64 has to be here.
+QEMU ?= qemu-aarch64-static
+
+arm-test: FORCE $(PACKAGE) $(TOOLS) $(WHEEL_TOOLS) ## run the C++ tests on an emulated arm64 processor (needs qemu-user-static)
+	$(CONFIGURE) -B build/native-arm -DJAX_EP_CUDA=OFF -DJAX_EP_NATIVE_TESTS=ON -DJAX_EP_EMULATE_CUDA=OFF \
+	  -DJAX_EP_WERROR=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  '-DCMAKE_CXX_COMPILER=$(abspath $(dir $(WHEEL_TOOLS)))/bin/python;-m;ziglang;c++;-target;aarch64-linux-musl' \
+	  -DCMAKE_LINK_DEPENDS_USE_LINKER=OFF -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU)
+	$(BIN)/cmake --build build/native-arm --target native_tests/all
+	$(BIN)/ctest --test-dir build/native-arm --output-on-failure --no-tests=error --timeout 300
+
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
 	docs/protocol/check build/protocol
 
@@ -87,6 +100,10 @@ cuda: $(PACKAGE) $(TOOLS) ## build the library for GPUs (a minute), print what i
 docs: $(PACKAGE) $(VENV)/.docs ## make a site of the documentation, in build/docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env -c docs/site -d build/docs.cache . build/docs
 	@echo "See build/docs/index.html"
+
+wheel: $(WHEEL_TOOLS) ## build a release's files: wheels for Linux, whatever compiler is here, and the sources
+	rm -rf build/wheels
+	$(<D)/bin/python .ci/build_wheels.py build/wheels
 
 # On a GPU machine, benchmarks/gpu.sh; with several GPUs, benchmarks/bench_gpu_mesh.py.
 bench: $(PACKAGE) ## check, then time the exchange and the grouped matmul on the CPU
@@ -109,6 +126,11 @@ $(TOOLS): pyproject.toml | $(RUN)
 
 $(VENV)/.docs: pyproject.toml | $(RUN)
 	$(call install_extra,$(VENV),docs)
+	touch $@
+
+$(WHEEL_TOOLS): pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(call install_extra,$(@D),wheel)
 	touch $@
 
 CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)
