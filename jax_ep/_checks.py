@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_SUMMABLE = ("bfloat16", "float16", "float32", "float64")
+
 
 def check_positive(name: str, value: int) -> None:
     """Checks that a static count is an integer of at least 1.
@@ -114,6 +116,16 @@ def _check_known(name: str, value: Any, dims: str) -> None:
             f"{name} must have shape [{dims}] of known sizes; got {list(value.shape)}, which has "
             "symbols of jax.export."
         )
+
+
+def check_summable(name: str, value: jax.Array, hint: str = "") -> None:
+    """Checks that an array holds floats that the library multiplies and adds up.
+
+    Raises:
+      TypeError: its dtype is none of these.
+    """
+    if value.dtype.name not in _SUMMABLE:
+        raise TypeError(f"{name} must have one of the dtypes {_SUMMABLE}{hint}; got {value.dtype}.")
 
 
 def check_dtype(name: str, value: jax.Array, dtype: jax.typing.DTypeLike) -> None:

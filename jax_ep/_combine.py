@@ -6,12 +6,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 from jax_ep._axes import check_use
-from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._checks import check_array, check_dtype, check_shape, check_summable
 from jax_ep._exchange import exchange
 from jax_ep._ops import REDUCE_ROWS, REDUCE_SCALED
 from jax_ep._plan import Plan, check_plan
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @jax.named_scope("jax_ep.combine")
@@ -56,10 +54,7 @@ def combine(
     """
     check_plan(plan)
     check_array("rows", rows, "capacity, hidden")
-    if rows.dtype.name not in _DTYPES:
-        raise TypeError(
-            f"rows must have one of the dtypes {_DTYPES}: widen them; got {rows.dtype}."
-        )
+    check_summable("rows", rows, ": widen them")
     check_shape("rows", rows, (plan.capacity, rows.shape[1]), "capacity, hidden")
     op, payloads = REDUCE_ROWS, [rows]
     if topk_weights is not None:

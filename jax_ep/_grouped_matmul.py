@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._checks import check_array, check_dtype, check_shape, check_summable
 from jax_ep._compat import vary_together
 from jax_ep._grouped_products import grouped_product
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @jax.named_scope("jax_ep.grouped_matmul")
@@ -62,8 +60,7 @@ def _check(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
     check_array("rows", rows, "capacity, hidden")
     check_array("weights", weights, "num_local_experts, hidden, ffn_hidden")
     check_array("group_sizes", group_sizes, "num_local_experts")
-    if rows.dtype.name not in _DTYPES:
-        raise TypeError(f"rows must have one of the dtypes {_DTYPES}; got {rows.dtype}.")
+    check_summable("rows", rows)
     check_dtype("weights", weights, rows.dtype)
     check_dtype("group_sizes", group_sizes, jnp.int32)
     if weights.shape[1] != rows.shape[1]:

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep._axes import check_use
-from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._checks import check_array, check_dtype, check_shape, check_summable
 from jax_ep._exchange import exchange
 from jax_ep._ops import GATHER_SCALED
 from jax_ep._plan import Plan, check_plan, choice_of_row
@@ -135,11 +135,12 @@ def dispatch_weighed(
     Products are formed in float32 and rounded once, to the dtype of ``x``.
 
     Raises:
-      TypeError: ``topk_weights`` is not a float32 array.
+      TypeError: ``topk_weights`` is not a float32 array, or ``x`` holds no floats of 2 to 8 bytes.
       ValueError: ``topk_weights`` is not ``[num_tokens, num_topk]``, or ``x`` has other tokens.
     """
     check_array("x", x, "num_tokens, hidden")
     check_shape("x", x, (plan.num_tokens, x.shape[1]), "num_tokens, hidden")
+    check_summable("x", x)
     check_array("topk_weights", topk_weights, "num_tokens, num_topk")
     choices = (plan.num_tokens, plan.num_topk)
     check_shape("topk_weights", topk_weights, choices, "num_tokens, num_topk")

@@ -176,6 +176,13 @@ def test_moe_refuses(error, message, given):
         give(**given)
 
 
+def test_what_is_not_multiplied_is_not_weighed_on_the_input():
+    x, topk_idx = np.ones((2, 1), np.int32), np.zeros((2, 1), np.int32)
+    ones = np.ones((2, 1), np.float32)
+    with pytest.raises(TypeError, match="x must have one of the dtypes .*; got int32"):
+        jax_ep.moe(x, topk_idx, ones, num_experts=2, experts=lambda r, _: r, weigh="input")
+
+
 def test_a_network_refuses():
     with pytest.raises(TypeError, match="activation must be callable; got 'silu'"):
         experts.FeedForward("silu")
