@@ -73,7 +73,8 @@ emulated-test: FORCE $(PACKAGE) $(TOOLS) ## run the tests on emulated GPUs (half
 	JAX_EP_EMULATED_GPUS=$(abspath build/native-plain/native_tests/libjax_ep_cuda_emulated.so) JAX_EP_REQUIRE_NATIVE=1 \
 	  $(RUN) -m pytest $(EMULATED_TESTS) -m 'not xla' $(PYTEST_ARGS)
 
-# Linked with musl, which a program can hold all of: nothing else for arm64 has to be here.
+# Linked with musl, which a program can hold all of: nothing else for arm64 has to be here. Two tests
+# know the system's errors by the words of another C library; one wants a processor without delays.
 QEMU ?= qemu-aarch64-static
 
 arm-test: FORCE $(PACKAGE) $(TOOLS) $(WHEEL_TOOLS) ## run the C++ tests on an emulated arm64 processor (needs qemu-user-static)
@@ -83,7 +84,8 @@ arm-test: FORCE $(PACKAGE) $(TOOLS) $(WHEEL_TOOLS) ## run the C++ tests on an em
 	  -DCMAKE_LINK_DEPENDS_USE_LINKER=OFF -DCMAKE_EXE_LINKER_FLAGS=-static \
 	  -DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU)
 	$(BIN)/cmake --build build/native-arm --target native_tests/all
-	$(BIN)/ctest --test-dir build/native-arm --output-on-failure --no-tests=error --timeout 300
+	$(BIN)/ctest --test-dir build/native-arm --output-on-failure --no-tests=error --timeout 300 \
+	  --exclude-regex '^(cores|host_connecting|shared_file)_test$$'
 
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
 	docs/protocol/check build/protocol

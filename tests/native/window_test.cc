@@ -36,7 +36,7 @@ void CheckHolds(const std::vector<std::int64_t>& sizes, std::size_t num_ranks) {
 }
 
 EP_TEST(BuffersOfAllRanksHaveTheirOwnPlaces) {
-  for (const std::size_t num_ranks : {1, 2, 7}) {
+  for (const std::size_t num_ranks : {1U, 2U, 7U}) {
     CheckHolds({}, num_ranks);
     CheckHolds({0}, num_ranks);
     CheckHolds({0, 0, 0}, num_ranks);
@@ -52,7 +52,7 @@ EP_TEST(BuffersOfAllRanksHaveTheirOwnPlaces) {
 EP_TEST(LayoutIsAsWritten) {
   const HalfLayout layout({100, 0, 64, 1});
   EP_CHECK_EQ(layout.BytesOf(3), 3 * (128 + 64 + 64));
-  const auto* half = static_cast<const char*>(nullptr) + 4096;
+  const auto* half = reinterpret_cast<const char*>(std::uintptr_t{4096});
   EP_CHECK_EQ(layout.Place(half, 0, 0) - half, 0);
   EP_CHECK_EQ(layout.Place(half, 0, 2) - half, 128);
   EP_CHECK_EQ(layout.Place(half, 0, 3) - half, 192);

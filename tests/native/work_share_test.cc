@@ -148,10 +148,12 @@ EP_TEST(RunTogetherWaitsForItsHelpers) {
 std::uint64_t Control() { return _mm_getcsr() & 0xffc0U; }
 void FlushDenormals() { _mm_setcsr(_mm_getcsr() | 0x8040U); }
 #else
-std::uint64_t Control() { return __builtin_aarch64_get_fpcr(); }
-void FlushDenormals() {
-  __builtin_aarch64_set_fpcr(__builtin_aarch64_get_fpcr() | (1U << 24));
+std::uint64_t Control() {
+  std::uint64_t value;
+  asm volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
 }
+void FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(Control() | (1U << 24))); }
 #endif
 
 EP_TEST(ChunksSeeDenormalsWhereTheCallerFlushesThem) {
