@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Num, PyTree
 
 from jax_ep._axes import check_use
@@ -70,7 +69,7 @@ def dispatch(
     rows = [
         row.reshape(plan.capacity, *leaf.shape[1:]) for row, leaf in zip(rows, leaves, strict=True)
     ]
-    return checkpoint_name(jax.tree.unflatten(structure, rows), "jax_ep.rows")
+    return jax.tree.unflatten(structure, rows)
 
 
 def _check_movable(name: str, x: jax.Array) -> None:

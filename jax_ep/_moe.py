@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32, Num
 
 from jax_ep import _balance, wire
@@ -146,10 +147,10 @@ def moe(
             implementation=implementation,
         )
         with stream():
-            rows = send(x, plan, topk_weights)
+            rows = checkpoint_name(send(x, plan, topk_weights), "jax_ep.rows")
         rows = network(rows, plan.group_sizes, *weights)
         with stream():
-            return receive(rows, plan, topk_weights), plan
+            return checkpoint_name(receive(rows, plan, topk_weights), "jax_ep.out"), plan
 
     stream = beside_compute if unroll_chunks and chunks > 1 else contextlib.nullcontext
     return _in_chunks(apply, chunks, unroll_chunks, (x, topk_idx, topk_weights))
