@@ -5,7 +5,7 @@ import functools
 import math
 
 from jax_ep._checks import check_positive
-from jax_ep._types import AxisName, Implementation, Tail
+from jax_ep._types import AxisName, Implementation, Tail, names_of
 
 _EXCEEDED = 0.1
 """How often chance may give the fullest pair more than is reckoned with."""
@@ -59,9 +59,7 @@ class Layout:
     @property
     def axis_names(self) -> tuple[str, ...]:
         """The names in ``axis_name``, major first."""
-        if self.axis_name is None:
-            return ()
-        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+        return names_of(self.axis_name)
 
     @property
     def budget(self) -> int:

@@ -1,4 +1,4 @@
-"""Names and literal types that every layer shares."""
+"""Names and literal types that every layer shares, and what axis names name."""
 
 from typing import Final, Literal, TypeAlias
 
@@ -21,3 +21,10 @@ LoweredBinding: TypeAlias = Literal["none", "stacked", "mesh"]
 
 Platform: TypeAlias = Literal["cpu", "gpu"]
 """Where there is native code, by the name that JAX's devices have for it."""
+
+
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    """Returns the axes that an axis name names, major first; none for None."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import platform
@@ -10,6 +9,7 @@ import sys
 import types
 
 import pytest
+import scripts
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "ffi" / "build_backend.py"
 BUILDS = ("build_wheel", "build_editable")
@@ -47,12 +47,7 @@ def backend(told: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: pathl
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    spec = importlib.util.spec_from_file_location("build_backend", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(SCRIPT)
 
 
 def add_program(name: str, *, fails: bool = False) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import scripts
 
 FILES = ("bin/nvcc", "include/crt/host_config.h", "include/cuda_runtime.h", "nvvm/bin/cicc")
 SCRIPT = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "find_nvcc.py"
@@ -16,12 +16,7 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "ffi" / "cuda" / "find_nvcc.py"
 
 @pytest.fixture
 def find_nvcc():
-    spec = importlib.util.spec_from_file_location("find_nvcc", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(SCRIPT)
 
 
 def add_toolkit(packages: pathlib.Path, name: str, *, missing: str = "") -> pathlib.Path:

@@ -134,11 +134,10 @@ def choices(
     """Returns which experts the first layer's router chooses."""
     moe = model.blocks[0].moe
     logits = moe_input.reshape(-1, moe.config.hidden) @ moe.router_kernel[...]
-    if moe.config.router is not None and moe.config.router.has_bias:
-        return np.asarray(
-            routing.sigmoid_topk(logits, moe.router_bias[...], moe.config.num_topk)[0]
-        )
-    return np.asarray(routing.softmax_topk(logits, moe.config.num_topk)[0])
+    router = moe.config.router
+    assert router is not None
+    bias = moe.router_bias[...] if router.has_bias else None
+    return np.asarray(router.choose(logits, moe.config.num_topk, bias=bias)[0])
 
 
 def _bits_per_byte(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax_ep._balance import check_slack
 from jax_ep._checks import check_count, check_one_of, check_positive
 from jax_ep._fp8 import DTYPES
 from jax_ep._moe import Weigh
-from jax_ep._types import AxisName, Implementation
+from jax_ep._types import AxisName, Implementation, names_of
 from jax_ep.experts import Experts
 from jax_ep.routing import Router
 
@@ -102,12 +102,12 @@ class Config:
     @property
     def expert_axes(self) -> tuple[str, ...]:
         """The mesh axes that experts are sharded over, major first."""
-        return _as_tuple(self.axis_name)
+        return names_of(self.axis_name)
 
     @property
     def fsdp_axes(self) -> tuple[str, ...]:
         """The mesh axes that parameters are stored over besides, major first."""
-        return _as_tuple(self.fsdp_axis)
+        return names_of(self.fsdp_axis)
 
 
 def resolve_router(router: object) -> Router | None:
@@ -170,7 +170,7 @@ def token_axes(config: Config, mesh: jax.sharding.AbstractMesh) -> tuple[str, ..
 def _check_cut(
     config: Config, mesh: jax.sharding.AbstractMesh, argument: str, sizes: tuple[str, ...]
 ) -> None:
-    axes = _as_tuple(getattr(config, argument))
+    axes = names_of(getattr(config, argument))
     if missing := [name for name in axes if name not in mesh.axis_names]:
         raise ValueError(
             f"{argument} must name axes of the mesh in context, {mesh.axis_names}, or be None; "
@@ -185,9 +185,3 @@ def _check_cut(
                 f"{shown} must be a multiple of the {num_parts} devices along {argument}="
                 f"{getattr(config, argument)!r}; got {size}."
             )
-
-
-def _as_tuple(axis_name: AxisName) -> tuple[str, ...]:
-    if axis_name is None:
-        return ()
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

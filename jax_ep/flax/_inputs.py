@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jax_ep._checks import check_array, check_dtype, check_shape
+from jax_ep._checks import check_array, check_shape
 from jax_ep.flax._config import Config
 
 
@@ -65,7 +65,6 @@ def check_routed(config: Config, inputs: Inputs) -> None:
     _check_kind("router's topk_weights", weights, jnp.float32, "float32")
     wanted = (*inputs.x.shape[:-1], config.num_topk)
     check_shape("router's topk_weights", weights, wanted, "..., num_topk")
-    check_dtype("router's topk_weights", weights, jnp.float32)
 
 
 def _check_choices(config: Config, topk_idx: Any, x: jax.Array) -> None:

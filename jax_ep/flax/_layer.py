@@ -201,7 +201,7 @@ class MoE(nnx.Module):
         on_mesh = bool(token_axes(self.config, jax.sharding.get_abstract_mesh()))
         specs = specs_of(self.config)
         for name, dims in dims_of(self.config).items():
-            init = default_init(name, dims) if kernel_init is None else kernel_init
+            init = default_init(dims) if kernel_init is None else kernel_init
             value = init(rngs.params(), shape_of(self.config, dims), param_dtype)
             # Without a mesh Flax refuses the annotation.
             sharded: dict[str, Any] = {"out_sharding": specs[name]} if on_mesh else {}

@@ -66,14 +66,19 @@ def _spec(config: Config, name: str, dims: tuple[str | int, ...]) -> P:
     return P(*(over.get(dim) for dim in dims))
 
 
-def default_init(name: str, dims: tuple[str | int, ...]) -> jax.nn.initializers.Initializer:
-    """Returns LeCun's normal initializer of each expert's matrices; biases begin as zero."""
-    batch = tuple(i for i, dim in enumerate(dims) if isinstance(dim, int) or dim == "num_experts")
+def default_init(dims: tuple[str | int, ...]) -> jax.nn.initializers.Initializer:
+    """Returns LeCun's normal initializer of each expert's matrices; biases begin as zero.
+
+    A matrix goes from the first axis to the last; what is between counts further ones.
+    """
+    batch = tuple(
+        i
+        for i, dim in enumerate(dims)
+        if dim == "num_experts" or (isinstance(dim, int) and i + 1 < len(dims))
+    )
     matrix = [i for i in range(len(dims)) if i not in batch]
-    if len(matrix) < 2 and name != "shared_gate_kernel":
+    if len(matrix) < 2:
         return jax.nn.initializers.zeros
-    if name == "shared_gate_kernel":
-        matrix, batch = [0, 1], ()
     return jax.nn.initializers.lecun_normal(
         in_axis=matrix[0], out_axis=matrix[-1], batch_axis=batch
     )
