@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 # Before JAX is imported: it reads this once.
@@ -38,8 +40,34 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jax_ep")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of what each test is parametrized with, run one in N (at least one): the same ones "
+        "in every run, whatever else runs",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves what ``--sample`` takes of each test."""
+    by_test = defaultdict(list)
+    for item in items:
+        by_test[item.nodeid.partition("[")[0]].append(item)
+    every = config.getoption("sample")
+    kept = set()
+    for tests in by_test.values():
+        # By their names: a step through their order could miss a row of the table altogether.
+        tests.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        kept.update(tests[: -(-len(tests) // every)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

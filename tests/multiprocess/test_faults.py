@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep.testing import kill, multiprocess
 
+pytestmark = pytest.mark.once
+
 T, E_PER_RANK, K, H = 8, 2, 2, 16
 WAIT = 1.5
 # A process with one device gets some of XLA's errors as the latter.
@@ -119,8 +121,8 @@ every_phase = pytest.mark.parametrize(
     "when",
     [
         "publishing",
-        pytest.param("awaiting", marks=[pytest.mark.once, not_known]),
-        pytest.param("pulling", marks=[pytest.mark.once, not_known]),
+        pytest.param("awaiting", marks=not_known),
+        pytest.param("pulling", marks=not_known),
     ],
 )
 
@@ -131,14 +133,12 @@ def test_a_killed_process(when: str) -> None:
     _loses_process_1(when, "kill", "had ended, ")
 
 
-@pytest.mark.once
 @every_phase
 @multiprocess(3, 1, timeout=100)
 def test_a_stopped_process(when: str) -> None:
     _loses_process_1(when, "stop", rf"had not .* after {WAIT} s; that process was last seen ")
 
 
-@pytest.mark.once
 @every_phase
 @multiprocess(3, 1, timeout=100)
 def test_a_process_that_exits(when: str) -> None:
@@ -192,7 +192,6 @@ def test_a_process_that_never_comes() -> None:
     fails_in_time(layer, r"process 1 had not published .* last seen between exchanges, in epoch 3")
 
 
-@pytest.mark.once
 @multiprocess(2, 2, timeout=100)
 def test_a_process_that_comes_late() -> None:
     """Later than anybody spins, and within the time-out: nothing is lost."""

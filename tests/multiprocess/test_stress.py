@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep.testing import decode_origin, encode_origin, multiprocess
 
+pytestmark = pytest.mark.once
+
 CALLS = 900 if EMULATED else 20_000  # of make_plan, dispatch and combine together
 TURNS = 50  # of each in one run of a program
 NUM_SHAPES = 6
@@ -36,7 +38,6 @@ class Shape:
         return cls(*(int(rng.integers(a, b)) for a, b in zip(low, high, strict=True)))
 
 
-@pytest.mark.once
 @multiprocess(4, 2, timeout=280)
 def test_every_row_of_many_exchanges() -> None:
     require("native")

@@ -58,7 +58,7 @@ EP_TEST(EntriesOutOfRangeAreLeftOut) {
     const auto received = static_cast<std::size_t>(
         std::accumulate(plan.recv_counts.begin(), plan.recv_counts.end(), 0));
     const std::int64_t num_choices = geometry.num_ranks * geometry.choices_per_rank();
-    const std::size_t step = rows_per_chunk == 3 ? 5 : 1;
+    const std::size_t step = (rows_per_chunk == 3 ? 5 : 1) * kOneIn;
     for (const bool scaled : {false, true}) {
       cpu::PlanFault fault;
       const std::vector<char> good = gathering.Run(scaled, &fault, rng);
@@ -160,7 +160,7 @@ EP_TEST(EntriesWithoutChoicesAreLeftOut) {
 // Whatever a plan holds.
 EP_TEST(AnyNumbersAnywhere) {
   std::mt19937_64 rng(5);
-  for (int turn = 0; turn < 3000; ++turn) {
+  for (std::size_t turn = 0; turn < 3000 / kOneIn; ++turn) {
     Gathering gathering = Several(turn % 100 == 0 ? 3 : 64, rng);
     RankPlan& plan = gathering.plan;
     const auto spoil = [&](Numbers32& field, std::int64_t size) {
