@@ -7,7 +7,7 @@ import jax_ep
 project = "jax_ep"
 author = "The jax_ep contributors"
 version = release = jax_ep.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = [
     "README.md",
@@ -15,6 +15,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "docs/*.md",
+    "docs/notebooks/*.ipynb",
     "benchmarks/results/*.md",
 ]
 html_theme = "furo"
@@ -23,6 +24,10 @@ html_title = f"jax_ep {version}"
 html_additional_pages = {"index": "index.html"}
 templates_path = ["templates"]
 myst_heading_anchors = 3
+# Notebooks are stored without results: making the site runs them, and an error there is one here.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
 # Fields would be listed twice: by their class, and as its members.
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
@@ -44,7 +49,9 @@ _GUIDES = (
     "gpu_fabric",
 )
 _INSIDE = ("docs/how_a_call_travels", "docs/protocol", "docs/releasing", "CONTRIBUTING")
+_NOTEBOOKS = ("exchange_by_hand", "layer_in_sight")
 _PAGES = {
+    "Notebooks": [f"docs/notebooks/{name}" for name in _NOTEBOOKS],
     "Guides": [f"docs/{name}" for name in _GUIDES],
     "Reference": ["docs/api", "docs/support", "benchmarks/results/gpu-expected", "CHANGELOG"],
     "Inside": [*_INSIDE, "SECURITY"],
