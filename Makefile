@@ -24,7 +24,7 @@ clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $
   > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test arm-test protocol cuda docs wheel bench clean
+.PHONY: help demo serve test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test arm-test protocol cuda docs wheel bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -32,6 +32,9 @@ help: ## show this list
 
 demo: $(PACKAGE) ## train a small MoE language model on 8 CPU devices
 	$(RUN) examples/train_moe_lm.py
+
+serve: $(PACKAGE) ## serve a small MoE language model on 8 CPU devices, with its experts spread and without
+	$(RUN) examples/serve_moe.py
 
 test: $(PACKAGE) ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ Runs on eight CPU devices, or on the accelerators that JAX finds::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import time
@@ -26,19 +27,16 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_ep
-from moe_lm import meshes, report, sampling, text, timing, training
+from moe_lm import meshes, model_flags, report, sampling, text, timing, training
 from moe_lm.model import Config
+from moe_lm.model_flags import SEED
+
+flags.adopt_module_key_flags(model_flags)
 
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of training.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Sequences in a step.", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Bytes in a sequence.", lower_bound=2)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate.", lower_bound=0.0)
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "Blocks of attention and experts.", 1)
-_HIDDEN = flags.DEFINE_integer("hidden", 128, "Width of the model.", 1)
-_NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Heads of attention.", 1)
-_FFN_HIDDEN = flags.DEFINE_integer("ffn_hidden", 128, "Width inside an expert.", 1)
-_NUM_EXPERTS = flags.DEFINE_integer("num_experts", 16, "Experts in a layer.", 1)
-_NUM_TOPK = flags.DEFINE_integer("num_topk", 2, "Experts that a byte goes to.", 1)
 _ROUTER: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "router", "softmax", ["softmax", "sigmoid"], "How experts are chosen."
 )
@@ -52,12 +50,6 @@ _BALANCE_AFTER = flags.DEFINE_float(
     "much to do, and room for that alone; 1 for never.",
     lower_bound=0.0,
     upper_bound=1.0,
-)
-_IMPLEMENTATION: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "implementation",
-    None,
-    ["native", "xla", "dense"],
-    "What moves the tokens, by default what serves; dense moves none: every expert computes all.",
 )
 _WIRE: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "wire",
@@ -73,9 +65,6 @@ _SAMPLE_BYTES = flags.DEFINE_integer("sample_bytes", 300, "Bytes of text to writ
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", str(Path(__file__).parent / "out"), "Where to put train_moe_lm.png."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Fixes parameters, batches and samples.")
-
-
 _TRACE = flags.DEFINE_string(
     "trace", None, "A .npy file for the first layer's choices in a step, for benchmarks."
 )
@@ -106,16 +95,10 @@ class Trained(NamedTuple):
 
 def make_config() -> Config:
     """Returns the model that the flags describe."""
-    return Config(
-        num_layers=_NUM_LAYERS.value,
-        hidden=_HIDDEN.value,
-        num_heads=_NUM_HEADS.value,
-        ffn_hidden=_FFN_HIDDEN.value,
-        num_experts=_NUM_EXPERTS.value,
-        num_topk=_NUM_TOPK.value,
+    return dataclasses.replace(
+        model_flags.make_config(),
         router=_ROUTER.value,
         capacity_factor=_CAPACITY_FACTOR.value or None,
-        implementation=_IMPLEMENTATION.value,
         wire=_WIRE.value,
     )
 
@@ -140,7 +123,7 @@ def main(argv: list[str]) -> None:
             mesh,
             learning_rate=_LEARNING_RATE.value,
             num_steps=_STEPS.value,
-            seed=_SEED.value,
+            seed=SEED.value,
         )
         first_balanced = balanced_from(config)
         trained = train(config, graph, state, corpus, mesh)
@@ -178,17 +161,8 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     num_devices = shape[0] * shape[1]
-    for name, value, of in (
-        ("batch", _BATCH.value, num_devices),
-        ("num_experts", config.num_experts, shape[1]),
-        ("hidden", config.hidden, 2 * config.num_heads),
-    ):
-        if value % of:
-            raise app.UsageError(f"--{name} must be a multiple of {of}; got {value}.")
-    if config.num_topk > config.num_experts:
-        raise app.UsageError(
-            f"--num_topk must be at most {config.num_experts}; got {config.num_topk}."
-        )
+    model_flags.check_multiple("batch", _BATCH.value, num_devices)
+    model_flags.check_config(config, shape[1])
     auto = (jax.sharding.AxisType.Auto,) * 2
     devices = jax.devices()[:num_devices]
     return jax.make_mesh(shape, ("data", "expert"), axis_types=auto, devices=devices)
@@ -210,7 +184,7 @@ def train(
 ) -> Trained:
     """Trains for all steps, and records the last ones."""
     step = training.compile_step(graph, state, config)
-    rng = np.random.default_rng(_SEED.value)
+    rng = np.random.default_rng(SEED.value)
     history, seconds = [], []
     progress = tqdm(range(_STEPS.value), desc="compiling", unit="step", dynamic_ncols=True)
     recording, trace = contextlib.ExitStack(), jax_ep.Trace()
@@ -246,7 +220,7 @@ def measure(
     model: training.Transformer, corpus: text.Corpus, mesh: jax.sharding.Mesh
 ) -> tuple[float, list[jax.Array]]:
     """Returns bits per byte of text not trained on, and what its last batch gave the experts."""
-    rng = np.random.default_rng(_SEED.value)
+    rng = np.random.default_rng(SEED.value)
     graph, state = nnx.split(model)
     losses, moe_inputs = [], []
     for _ in range(10):
@@ -266,12 +240,12 @@ def print_losses(history: report.History, held_out_loss: float, entropy: float) 
 
 def print_sample(model: training.Transformer, corpus: text.Corpus, mesh: jax.sharding.Mesh) -> None:
     """Prints how the model goes on from a piece of text that it was not trained on."""
-    rng = np.random.default_rng(_SEED.value)
+    rng = np.random.default_rng(SEED.value)
     prompts = text.draw_windows(corpus.held_out, rng, mesh.size, _SEQ_LEN.value)
     drawn = sampling.continue_text(
         *nnx.split(model),
         training.put_batch(prompts, mesh),
-        jax.random.key(_SEED.value),
+        jax.random.key(SEED.value),
         num_bytes=_SAMPLE_BYTES.value,
     )
     prompt, sample = (bytes(np.asarray(x[0]).astype(np.uint8)) for x in (prompts, drawn))

@@ -1,1 +1,1 @@
-"""The parts of ``train_moe_lm.py``: text, model, training, timing and report."""
+"""The parts of ``train_moe_lm.py`` and ``serve_moe.py``: text, model, training, serving, times."""

@@ -1,6 +1,12 @@
-"""How devices are laid out, as a flag says it."""
+"""How devices are laid out, as a flag says it, and a model's state on them."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def parse_mesh(mesh: str | None, num_devices: int) -> tuple[int, int]:
@@ -24,3 +30,13 @@ def parse_mesh(mesh: str | None, num_devices: int) -> tuple[int, int]:
     if data * expert > num_devices:
         raise ValueError(f"--mesh must not exceed the {num_devices} devices; got {mesh!r}.")
     return data, expert
+
+
+def place_state(state: Any, mesh: Mesh) -> Any:
+    """Copies to all devices of the mesh what the model has not put on them itself."""
+
+    def place(x: jax.Array) -> jax.Array:
+        is_placed = isinstance(x.sharding, NamedSharding)
+        return x if is_placed else jax.device_put(x, NamedSharding(mesh, P()))
+
+    return jax.tree.map(place, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax_ep.flax import MoE
 from moe_lm.dense import DenseMoE
 
 VOCAB = 256
+
+Heads: TypeAlias = Float[Array, "batch length heads width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Config:
     router: Literal["softmax", "sigmoid"] = "softmax"
     capacity_factor: float | None = None
     num_spares: int = 0
+    axis_name: str | None = "expert"
     implementation: Literal["native", "xla", "dense"] | None = None
     wire: Literal["float8_e4m3fn", "float8_e5m2"] | None = None
 
@@ -45,16 +48,30 @@ class Attention(nnx.Module):
         self, x: Float[Array, "batch length hidden"]
     ) -> Float[Array, "batch length hidden"]:
         """Lets every position read itself and those before it."""
+        q, k, v = self.project(x)
+        return self.merge(jax.nn.dot_product_attention(q, k, v, is_causal=True))
+
+    def project(
+        self, x: Float[Array, "batch length hidden"], start: Int32[Array, ""] | int = 0
+    ) -> tuple[Heads, Heads, Heads]:
+        """Returns queries, keys and values of positions from number ``start`` on."""
         q, k, v = jnp.moveaxis(jnp.einsum("blh,hsnd->blsnd", x, self.qkv[...]), 2, 0)
-        read = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        return read.reshape(x.shape) @ self.out[...]
+        return rotate(q, start), rotate(k, start), v
+
+    def merge(self, read: Heads) -> Float[Array, "batch length hidden"]:
+        """Returns what all heads have read together."""
+        return read.reshape(*read.shape[:2], -1) @ self.out[...]
 
 
-def rotate(x: Float[Array, "batch length heads width"]) -> Float[Array, "batch length heads width"]:
-    """Turns pairs of features by angles that grow with the position: https://arxiv.org/abs/2104.09864."""
+def rotate(x: Heads, start: Int32[Array, ""] | int = 0) -> Heads:
+    """Turns pairs of features by angles that grow with the position: https://arxiv.org/abs/2104.09864.
+
+    The first position in ``x`` is number ``start``.
+    """
     half = x.shape[-1] // 2
     rates = 1000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * rates
+    positions = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
+    angles = positions[:, None, None] * rates
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
@@ -82,12 +99,13 @@ def make_moe(config: Config, *, rngs: nnx.Rngs) -> MoE:
     """Makes one layer of experts: by the exchange, or dense to compare it with."""
     sizes = (config.hidden, config.ffn_hidden, config.num_experts, config.num_topk)
     if config.implementation == "dense":
-        return DenseMoE(*sizes, router=config.router, rngs=rngs)
+        return DenseMoE(*sizes, router=config.router, axis_name=config.axis_name, rngs=rngs)
     return MoE(
         *sizes,
         router=config.router,
         capacity_factor=config.capacity_factor,
         num_spares=config.num_spares,
+        axis_name=config.axis_name,
         implementation=config.implementation,
         wire_dtype=config.wire,
         wire_cotangents=config.wire,

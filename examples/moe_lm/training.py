@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import routing
+from moe_lm import meshes
 from moe_lm.model import Config, Transformer
 
 _BALANCE_LOSS = 0.01
@@ -47,12 +48,7 @@ def init_state(
     )
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
     graph, state = nnx.split((model, nnx.Optimizer(model, chain, wrt=nnx.Param)))
-
-    def place(x: jax.Array) -> jax.Array:
-        is_placed = isinstance(x.sharding, NamedSharding)
-        return x if is_placed else jax.device_put(x, NamedSharding(mesh, P()))
-
-    return graph, jax.tree.map(place, state)
+    return graph, meshes.place_state(state, mesh)
 
 
 def balanced(config: Config, graph: nnx.GraphDef, state: State) -> tuple[Config, nnx.GraphDef]:
