@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 
 import numpy as np
@@ -172,6 +173,17 @@ def test_processes_are_timed_and_the_bytes_between_hosts_counted():
     # By "xla" the rows of 7 ranks come twice, 4 weights a token, and 4 choices of 2 bytes.
     assert by_xla == 7 * 512 * (2 * 1024 + 4 * 4 + 4 * 2)
     assert 0.5 < in_rounds / by_xla < 0.6
+
+
+@pytest.mark.once
+def test_a_step_of_decoding_is_timed_beside_three_meetings():
+    require("native")
+    done = run("bench_decode.py", "--quick")
+    _, *records = records_of(done)
+    assert [r["contender"] for r in records][:2] == ["three meetings", "plan + dispatch + combine"]
+    assert records[0]["over_floor"] == 1
+    assert all(0 < r["p50_ms"] <= r["p99_ms"] for r in records)
+    assert re.search(r"combine / three meetings: \d+\.\d\d; goal <= 1.5: ", done.stdout)
 
 
 @pytest.mark.once
