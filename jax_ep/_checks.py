@@ -86,7 +86,7 @@ def check_array(name: str, value: Any, dims: str) -> None:
     _check_is_array(name, value, dims)
     if value.ndim != len(dims.split(", ")):
         raise ValueError(f"{name} must have shape [{dims}]; got {list(value.shape)}.")
-    _check_known(name, value, dims)
+    check_known(name, value, dims)
 
 
 def check_leading_axis(name: str, value: Any, size: int, dim: str) -> None:
@@ -102,7 +102,7 @@ def check_leading_axis(name: str, value: Any, size: int, dim: str) -> None:
         raise ValueError(
             f"{name} must have shape [{dims}] = [{size}, ...]; got {list(value.shape)}."
         )
-    _check_known(name, value, dims)
+    check_known(name, value, dims)
 
 
 def _check_is_array(name: str, value: Any, dims: str) -> None:
@@ -110,7 +110,12 @@ def _check_is_array(name: str, value: Any, dims: str) -> None:
         raise TypeError(f"{name} must be an array [{dims}]; got {type(value).__name__}.")
 
 
-def _check_known(name: str, value: Any, dims: str) -> None:
+def check_known(name: str, value: Any, dims: str) -> None:
+    """Checks that all sizes of an array are numbers.
+
+    Raises:
+      ValueError: one is a symbol.
+    """
     if not all(isinstance(size, int) for size in value.shape):
         raise ValueError(
             f"{name} must have shape [{dims}] of known sizes; got {list(value.shape)}, which has "

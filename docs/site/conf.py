@@ -39,6 +39,7 @@ _GUIDES = (
     "layer",
     "models",
     "trainers",
+    "serving",
     "using_plans",
     "balance",
     "placement",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jax_ep._checks import check_array, check_shape
+from jax_ep._checks import check_array, check_known, check_shape
 from jax_ep.flax._config import Config
 
 
@@ -29,7 +29,8 @@ def check_inputs(config: Config, inputs: Inputs, *, has_rngs: bool) -> None:
 
     Raises:
       TypeError: an argument is no array of what it has to hold.
-      ValueError: shapes do not fit one another, or the layer has no use for an argument.
+      ValueError: shapes do not fit one another or are not known, or the layer has no use for an
+        argument.
     """
     x = inputs.x
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -37,6 +38,7 @@ def check_inputs(config: Config, inputs: Inputs, *, has_rngs: bool) -> None:
         raise TypeError(f"x must be an array [..., hidden] of floats; got {given}.")
     if x.ndim == 0 or x.shape[-1] != config.hidden:
         raise ValueError(f"x must have shape [..., hidden = {config.hidden}]; got {list(x.shape)}.")
+    check_known("x", x, "..., hidden")
     if inputs.token_mask is not None:
         _check_kind("token_mask", inputs.token_mask, jnp.bool_, "booleans")
         check_shape("token_mask", inputs.token_mask, x.shape[:-1], "...")

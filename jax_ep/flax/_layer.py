@@ -237,10 +237,10 @@ class MoE(nnx.Module):
 
         Raises:
           TypeError: an argument is no array of what it has to hold.
-          ValueError: the last axis of ``x`` is not ``hidden``, or the others are not those of
-            ``token_mask`` and ``topk_idx``; ``topk_idx`` or ``rngs`` is given to a router that is
-            called; the mesh in context does not suit the layer or is not the one of its weights; or
-            a ``shard_map`` encloses the call.
+          ValueError: the last axis of ``x`` is not ``hidden``, or the others are symbols, or not
+            those of ``token_mask`` and ``topk_idx``; ``topk_idx`` or ``rngs`` is given to a router
+            that is called; the mesh in context does not suit the layer or is not the one of its
+            weights; or a ``shard_map`` encloses the call.
           NotImplementedError: ``implementation="native"`` where native code cannot serve.
         """
         out, aux = self.apply_with_aux(
