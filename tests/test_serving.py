@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from implementations import require
 from jax.experimental import serialize_executable
 
 import jax_ep.flax
@@ -41,16 +43,16 @@ LOAD = """
 """
 
 
-def store(folder, implementation) -> np.ndarray:
+def store(folder: pathlib.Path) -> np.ndarray:
     """Writes a layer as an exported program and as an executable; returns what it computes."""
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.random.normal(jax.random.key(0), (8, 3, 16))
     with jax.set_mesh(mesh):
-        moe = jax_ep.flax.MoE(16, 24, 16, 2, implementation=implementation, rngs=nnx.Rngs(0))
+        moe = jax_ep.flax.MoE(16, 24, 16, 2, implementation="native", rngs=nnx.Rngs(0))
         graph, state = nnx.split(moe)
         args = nnx.to_pure_dict(state), x
         layer = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
-        names = [f"jax_ep_{op}_devices" for op in OPS] if implementation == "native" else []
+        names = [f"jax_ep_{op}_devices" for op in OPS]
         allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
         exported = jax.export.export(layer, disabled_checks=allowed)(*args)
         compiled = layer.lower(*args).compile()
@@ -61,10 +63,11 @@ def store(folder, implementation) -> np.ndarray:
         return np.asarray(compiled(*args))
 
 
-def test_a_layer_runs_where_it_was_not_compiled(implementation, tmp_path) -> None:
+def test_a_layer_runs_where_it_was_not_compiled(tmp_path: pathlib.Path) -> None:
+    require("native")
     if importlib.util.find_spec("flatbuffers") is None:
         pytest.skip("jax.export serializes with the package flatbuffers, which is not installed")
-    want = store(tmp_path, implementation)
+    want = store(tmp_path)
     assert np.all(np.any(want != 0, axis=-1))
     script = tmp_path / "load.py"
     script.write_text(textwrap.dedent(LOAD))
