@@ -31,6 +31,8 @@ nb_execution_timeout = 300
 # Fields would be listed twice: by their class, and as its members.
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
+# Only to be described, not run.
+autodoc_mock_imports = ["maxtext"]
 # Shapes are in the annotations.
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 100

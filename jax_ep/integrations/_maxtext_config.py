@@ -1,0 +1,111 @@
+"""What of MaxText's configuration is served, and where it puts arrays."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the arrays of a layer lie on the mesh; no axis of it has size 1.
+
+    Attributes:
+      batch: the axes that sequences are cut over.
+      length: the axes that each sequence is cut over.
+      experts: the axes that experts lie along, major first.
+      tensor: the axes that each expert's inner width is cut over, and outputs' width.
+    """
+
+    batch: Axes
+    length: Axes
+    experts: Axes
+    tensor: Axes
+
+    @property
+    def tokens(self) -> P:
+        """Of what belongs to tokens, whole in its last axis."""
+        return P(self.batch, self.length, None)
+
+    @property
+    def out(self) -> P:
+        """Of the tokens' outputs."""
+        return P(self.batch, self.length, self.tensor)
+
+    @property
+    def shards(self) -> P:
+        """Of what each shard of tokens has one of."""
+        return P((*self.batch, *self.length))
+
+    @property
+    def weights(self) -> tuple[P, ...]:
+        """Of the experts' three matrices, gate first, and their three biases."""
+        inward = P(self.experts, None, self.tensor)
+        bias = P(self.experts, self.tensor)
+        return inward, inward, P(self.experts, self.tensor, None), bias, bias, bias
+
+
+def find_places(layer: Any, batch: int) -> Places:
+    """Asks a layer's logical axis rules where its arrays lie, as its own sparse path does.
+
+    Args:
+      layer: MaxText's ``RoutedMoE``.
+      batch: how many sequences there are; a single one is being decoded.
+
+    Raises:
+      NotImplementedError: the rules put experts along other axes than the layer says, or cut their
+        inner width over others than the outputs.
+    """
+    batch_axis = "activation_batch" if batch > 1 else "decode_batch_moe"
+    tokens = _resolve(layer, batch_axis, "activation_norm_length", "activation_embed")
+    weights = _resolve(layer, "exp", None, "mlp_no_fsdp")
+    # Stored over fsdp, but gathered for use.
+    experts, _, inner = (tuple(axis for axis in axes if axis != "fsdp") for axes in weights)
+    named = layer._expert_parallelism_name
+    named = named if isinstance(named, tuple) else (named,)
+    want = tuple(axis for axis in named if layer.mesh.shape.get(axis, 1) > 1)
+    if experts != want:
+        raise NotImplementedError(
+            f"The logical axis 'exp' must lie along the mesh axes of experts, {want} (those of one "
+            f"device apart); got {experts}."
+        )
+    if inner != tokens[2]:
+        raise NotImplementedError(
+            "The logical axis 'mlp_no_fsdp' must lie along the mesh axes of 'activation_embed', "
+            f"{tokens[2]} (those of one device apart); got {inner}."
+        )
+    return Places(tokens[0], tokens[1], experts, inner)
+
+
+def _resolve(layer: Any, *names: str | None) -> list[Axes]:
+    """Returns the mesh axes of each of an array's logical axes."""
+    axes = [() if part is None else part for part in layer._logical_to_mesh_axes(names)]
+    return [(part,) if isinstance(part, str) else tuple(part) for part in axes]
+
+
+def check_served(config: Any, is_quantised: bool) -> None:
+    """Checks that nothing is asked for that would be left out.
+
+    Args:
+      config: MaxText's configuration.
+      is_quantised: whether the experts' products are to be.
+
+    Raises:
+      NotImplementedError: something is.
+    """
+    needs = {
+        "quantization": is_quantised,
+        "moe_quantize_token_all_gather": config.moe_quantize_token_all_gather,
+        "moe_quantize_combine_bwd_method": config.moe_quantize_combine_bwd_method,
+        "moe_dropless_fallback": config.moe_dropless_fallback == "layer",
+        "defer_small_all_reduces": config.defer_small_all_reduces,
+        "attention": config.attention.startswith("vllm"),
+    }
+    if asked := [name for name, is_asked in needs.items() if is_asked]:
+        values = {name: getattr(config, name) for name in asked}
+        raise NotImplementedError(
+            f"jax_ep.integrations.maxtext does not serve {', '.join(asked)}; got {values}: see "
+            "docs/trainers.md, or go on with MaxText's own path by uninstall()."
+        )

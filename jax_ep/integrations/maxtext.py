@@ -1,0 +1,90 @@
+"""MaxText's routed experts by this library's exchange.
+
+``install`` puts another method in the place of MaxText's ``RoutedMoE.sparse_matmul``: it routes by
+MaxText's own functions, and then dispatches, applies the experts and combines. It was written for
+MaxText 0.2.5, which is imported here.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, Final, get_args
+
+from jax_ep._checks import check_one_of
+from jax_ep._types import Implementation
+
+MADE_FOR: Final = "0.2.5"
+"""The version of MaxText that this module was written for and is tested with."""
+
+try:
+    from maxtext.layers import moe as _moe  # pyright: ignore[reportMissingImports]
+
+    from jax_ep.integrations._maxtext_method import sparse_matmul as _sparse_matmul
+except ImportError as error:
+    raise ImportError(
+        f"jax_ep.integrations.maxtext needs MaxText and what that imports, which `pip install "
+        f"maxtext=={MADE_FOR}` does not bring: docs/trainers.md says what to install. ({error})",
+        name=error.name,
+    ) from error
+
+_taken_out: dict[type, Callable[..., Any]] = {}
+"""MaxText's own method, while another is in its place."""
+
+
+def install(*, implementation: Implementation | None = None) -> None:
+    """Has MaxText's routed experts exchange tokens by this library, where ``sparse_matmul=True``.
+
+    To be called before the model is compiled, in every process. Called again, it replaces what it
+    has put there. ``docs/trainers.md`` lists what of MaxText's configuration is served.
+
+    Args:
+      implementation: what carries the exchange, as for ``make_plan``.
+
+    Raises:
+      NotImplementedError: MaxText's method takes other arguments than in the version that this
+        module was made for. (Of another version that takes the same, a warning tells.)
+      ValueError: ``implementation`` is none of those known.
+    """
+    check_one_of("implementation", implementation, (None, *get_args(Implementation)))
+    uninstall()
+    original = _moe.RoutedMoE.sparse_matmul
+    _check_version(original)
+
+    @functools.wraps(original)
+    def sparse_matmul(layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        return _sparse_matmul(layer, *args, **kwargs, implementation=implementation)
+
+    _taken_out[_moe.RoutedMoE] = original
+    _moe.RoutedMoE.sparse_matmul = sparse_matmul
+
+
+def uninstall() -> None:
+    """Puts MaxText's own method back, if ``install`` has taken it out."""
+    if _moe.RoutedMoE in _taken_out:
+        _moe.RoutedMoE.sparse_matmul = _taken_out.pop(_moe.RoutedMoE)
+
+
+def _check_version(original: Callable[..., Any]) -> None:
+    """Checks that MaxText is what this module was made for, or has a method like it.
+
+    Raises:
+      NotImplementedError: the method takes other arguments.
+    """
+    version = importlib.metadata.version("maxtext")
+    known = [
+        name for name in inspect.signature(_sparse_matmul).parameters if name != "implementation"
+    ]
+    given = list(inspect.signature(original).parameters)
+    if given[1:] != known[1:]:
+        raise NotImplementedError(
+            f"MaxText's RoutedMoE.sparse_matmul must take {known[1:]}, as in version {MADE_FOR}; "
+            f"in {version} it takes {given[1:]}."
+        )
+    if version != MADE_FOR:
+        warnings.warn(
+            f"jax_ep.integrations.maxtext was made for MaxText {MADE_FOR}, and is tested with no "
+            f"other; this is {version}.",
+            stacklevel=3,
+        )
