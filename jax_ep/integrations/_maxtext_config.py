@@ -68,13 +68,13 @@ def find_places(layer: Any, batch: int) -> Places:
     want = tuple(axis for axis in named if layer.mesh.shape.get(axis, 1) > 1)
     if experts != want:
         raise NotImplementedError(
-            f"The logical axis 'exp' must lie along the mesh axes of experts, {want} (those of one "
-            f"device apart); got {experts}."
+            "The logical axis 'exp' must lie along those mesh axes of experts that have several "
+            f"devices, {want}; got {experts}."
         )
     if inner != tokens[2]:
         raise NotImplementedError(
-            "The logical axis 'mlp_no_fsdp' must lie along the mesh axes of 'activation_embed', "
-            f"{tokens[2]} (those of one device apart); got {inner}."
+            "The logical axis 'mlp_no_fsdp' must lie along those mesh axes of 'activation_embed' "
+            f"that have several devices, {tokens[2]}; got {inner}."
         )
     return Places(tokens[0], tokens[1], experts, inner)
 
