@@ -94,7 +94,7 @@ arm-test: FORCE $(PACKAGE) $(TOOLS) $(WHEEL_TOOLS) ## run the C++ tests on an em
 MAXTEXT_PYTHON ?= python3.12
 MAXTEXT := build/maxtext-venv
 
-maxtext-test: $(PACKAGE) $(MAXTEXT)/.installed ## run the tests with MaxText (needs Python 3.12 or later; 0.6 GB the first time)
+maxtext-test: $(PACKAGE) $(MAXTEXT)/.installed ## run the tests with MaxText (needs Python 3.12 or later; takes 0.9 GB)
 	PYTHONPATH=$(CURDIR) $(MAXTEXT)/bin/python -m pytest tests/with_maxtext $(PYTEST_ARGS)
 
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
@@ -147,7 +147,7 @@ $(WHEEL_TOOLS): pyproject.toml
 
 $(MAXTEXT)/.installed: tests/with_maxtext/requirements.txt
 	$(MAXTEXT_PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-compile --requirement $<
 	touch $@
 
 CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)

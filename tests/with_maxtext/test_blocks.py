@@ -80,10 +80,12 @@ def test_pure_jax_carries_it_too(block):
     assert_close({"out": out}, {"out": want})
 
 
-def test_choices_made_elsewhere_go_where_they_say(block):
-    chosen = np.random.default_rng(1).integers(-1, NUM_EXPERTS, (BATCH, LENGTH, NUM_TOPK))
+def test_choices_made_elsewhere_go_where_they_say():
+    # More than the experts of a rank, so that a buffer for distinct ones would not hold them.
+    block = Block("mixtral-8x7b", num_experts_per_tok=8)
+    chosen = np.random.default_rng(1).integers(-1, NUM_EXPERTS, (BATCH, LENGTH, 8))
     chosen[0] = -1  # a sequence of padding
-    chosen[1:4] = 3  # each token twice, and all to one rank
+    chosen[1:4] = 3  # all choices of a token, and all tokens of three ranks of four
     forced = jnp.asarray(chosen, jnp.int32)
     with ours():
         (out, _, _), logged = block.run(forced_routed_experts=forced)
