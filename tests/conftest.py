@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     by_test = defaultdict(list)
     for item in items:
         by_test[item.nodeid.partition("[")[0]].append(item)
-    every = config.getoption("sample")
+    every: int = config.option.sample
     kept = set()
     for tests in by_test.values():
         # By their names: a step through their order could miss a row of the table altogether.
