@@ -1,8 +1,11 @@
 """Builds what a release is made of: wheels for Linux on x86-64 and arm64, and the sources.
 
+Where there is an nvcc also `jax_ep_cuda13`, the library for this machine's processor and GPUs.
+
 Run by `make wheel`, in an environment of its own. `zig c++` compiles for the C library of
 manylinux_2_28, whatever this machine's processor and C library are, and links the C++ library into
-ours. auditwheel names the wheels by what they turn out to need.
+ours. nvcc wants this machine's compiler, and so asks for its C library or a newer one. auditwheel
+names the wheels by what they turn out to need.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +41,11 @@ def main() -> None:
             run("auditwheel", "repair", "--only-plat", f"--wheel-dir={folder}", str(built))
     for wheel in folder.glob("*.whl"):
         check_name(wheel)
-        check_needs(wheel)
+        check_needs(wheel, "jax_ep/libjax_ep_cpu.so")
+    if find_nvcc() is None:
+        print("There is no nvcc: jax_ep_cuda13 is left out.")
+    else:
+        check_needs(build_gpu_wheel(folder), "jax_ep_cuda13/libjax_ep_cuda.so")
     print(*sorted(folder.iterdir()), sep="\n")
 
 
@@ -69,6 +77,22 @@ def build_wheel(machine: str, folder: pathlib.Path) -> pathlib.Path:
     return wheel
 
 
+def find_nvcc() -> str | None:
+    """Returns the path of CUDA's compiler, as CMake will find it."""
+    path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+
+
+def build_gpu_wheel(folder: pathlib.Path) -> pathlib.Path:
+    """Builds the library for GPUs as a wheel of its own into a folder; returns its path."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run("build", "--wheel", f"--outdir={scratch}", str(ROOT / "ffi" / "cuda" / "package"))
+        [built] = pathlib.Path(scratch).glob("*.whl")
+        run("auditwheel", "repair", "--only-plat", f"--wheel-dir={folder}", str(built))
+    [wheel] = folder.glob("jax_ep_cuda13-*.whl")
+    return wheel
+
+
 def check_name(wheel: pathlib.Path) -> None:
     """Fails if a wheel is named for a newer C library than all are built for.
 
@@ -80,16 +104,20 @@ def check_name(wheel: pathlib.Path) -> None:
         raise SystemExit(f"{wheel.name} should be for manylinux_{GLIBC[0]}_{GLIBC[1]} or an older")
 
 
-def check_needs(wheel: pathlib.Path) -> None:
+def check_needs(wheel: pathlib.Path, library: str) -> None:
     """Fails unless a wheel has one library, which needs no more than the C library.
+
+    Args:
+      wheel: the file.
+      library: what the library's name in it has to be.
 
     Raises:
       SystemExit: what is wrong.
     """
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
         libraries = [name for name in archive.namelist() if ".so" in name]
-        if libraries != ["jax_ep/libjax_ep_cpu.so"]:
-            raise SystemExit(f"{wheel.name} should have jax_ep/libjax_ep_cpu.so; has {libraries}")
+        if libraries != [library]:
+            raise SystemExit(f"{wheel.name} should have {library}; has {libraries}")
         command = [TOOLS / "patchelf", "--print-needed", archive.extract(libraries[0], scratch)]
         needs = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     if more := [name for name in needs if not name.startswith(ALLOWED)]:

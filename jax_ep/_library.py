@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,6 +22,8 @@ _BUILDS: dict[Platform, str] = {
     "cpu": "with a C++20 compiler on Linux or macOS, `pip install .` builds it",
     "gpu": "`pip install -C cmake.define.JAX_EP_CUDA=ON .` builds it",
 }
+_GPU_PACKAGE = "jax_ep_cuda13"
+"""What a release has the library for GPUs in."""
 _FFI_PLATFORMS: dict[Platform, str] = {"cpu": "cpu", "gpu": "CUDA"}
 # For tests: a library of the GPU's code in which XLA's CPU devices are emulated GPUs. It takes the
 # place of both libraries.
@@ -38,10 +42,18 @@ def _jax_platform(platform: Platform) -> Platform:
 
 
 def library_path(platform: Platform) -> pathlib.Path:
-    """Returns where a platform's native library is expected: next to this file."""
+    """Returns where a platform's native library is expected.
+
+    That is next to this file. Where it is not, the one for GPUs may be in a package of its own.
+    """
     if _EMULATED and platform == "gpu":
         return pathlib.Path(_EMULATED)
-    return pathlib.Path(__file__).with_name(_FILES[platform])
+    path = pathlib.Path(__file__).with_name(_FILES[platform])
+    if platform == "gpu" and not path.exists():
+        package = importlib.util.find_spec(_GPU_PACKAGE)
+        if package is not None and package.origin is not None:
+            return pathlib.Path(package.origin).with_name(path.name)
+    return path
 
 
 @functools.cache
@@ -89,6 +101,13 @@ def library_problem(platform: Platform) -> str | None:
             f"the native library is not built: there is no {_FILES[platform]} next to jax_ep's "
             f"modules; in its sources, {_BUILDS[platform]}"
         )
+    if library_path(platform).parent.name == _GPU_PACKAGE:
+        package, ours = map(importlib.metadata.version, (_GPU_PACKAGE, "jax_ep"))
+        if package != ours:
+            return (
+                f"the native library must be that of jax_ep {ours}; {_GPU_PACKAGE} {package} is "
+                f"installed: `pip install {_GPU_PACKAGE}=={ours}`"
+            )
     try:
         built = library(platform).jax_ep_ffi_minor_version()
     except (OSError, AttributeError) as error:

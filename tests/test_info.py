@@ -89,6 +89,32 @@ def test_a_library_that_is_not_built(
     assert how in lines["unusable"]
 
 
+def test_the_library_for_gpus_in_a_package_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, forget: None
+) -> None:
+    """A release has it there: beside jax_ep's modules there is none then."""
+    if _library.library_path("gpu").exists():
+        pytest.skip("the library for GPUs was built here, and comes first")
+    package = tmp_path / "jax_ep_cuda13"
+    installed = tmp_path / "jax_ep_cuda13-0.0.1.dist-info"
+    for folder in (package, installed):
+        folder.mkdir()
+    (package / "__init__.py").touch()
+    (package / "libjax_ep_cuda.so").touch()
+    metadata = installed / "METADATA"
+    metadata.write_text("Metadata-Version: 2.4\nName: jax_ep_cuda13\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _library.library_path("gpu") == package / "libjax_ep_cuda.so"
+    said = (
+        f"the native library must be that of jax_ep {jax_ep.__version__}; jax_ep_cuda13 0.0.1 is "
+        f"installed: `pip install jax_ep_cuda13=={jax_ep.__version__}`"
+    )
+    assert _library.library_problem("gpu") == said
+    metadata.write_text(metadata.read_text().replace("0.0.1", jax_ep.__version__))
+    _library.library_problem.cache_clear()
+    assert "does not load" in str(_library.library_problem("gpu"))
+
+
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Has the library be looked for anew, in the test and after it."""
