@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from baselines import all_gather_reduce_scatter, slots_all_to_all
+from baselines import all_gather_reduce_scatter
 from programs import AXIS
 from shapes import Shape
 
 import jax_ep
+from jax_ep.testing import slots_moe
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]
 Layer = Callable[..., tuple[jax.Array, jax.Array]]
@@ -111,17 +112,11 @@ def by_slots(
     weights: Weights,
 ) -> tuple[jax.Array, jax.Array]:
     """As many slots for each expert from each rank, by ``all_to_all``."""
-
-    def experts(rows: jax.Array, _: jax.Array) -> jax.Array:
-        slots = rows.reshape(shape.num_ranks, shape.num_local_experts, num_slots, shape.hidden)
-        gate, up = (jnp.einsum("rlsh,lhf->rlsf", slots, w) for w in weights[:2])
-        return jnp.einsum("rlsf,lfh->rlsh", jax.nn.silu(gate) * up, weights[2]).reshape(rows.shape)
-
-    result = slots_all_to_all(
+    result = slots_moe(
         x,
         topk_idx,
         topk_weights,
-        experts,
+        *weights,
         num_experts=shape.num_experts,
         num_slots=num_slots,
         axis_name=AXIS,

@@ -16,6 +16,7 @@ from jax_ep._make_plan import make_plan as make_plan
 from jax_ep._metrics import count_choices as count_choices
 from jax_ep._metrics import load_metrics as load_metrics
 from jax_ep._moe import moe as moe
+from jax_ep._picture import draw_waits as draw_waits
 from jax_ep._placement import Placement as Placement
 from jax_ep._placement import place as place
 from jax_ep._plan import Plan as Plan

@@ -24,8 +24,7 @@ def save_picture(trace: Trace, path: str | os.PathLike[str]) -> None:
       OSError: the file cannot be written.
       ValueError: the trace is empty.
     """
-    if not len(trace):
-        raise ValueError("trace must hold an exchange to be drawn; got an empty one.")
+    _check_not_empty(trace)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -36,7 +35,7 @@ def save_picture(trace: Trace, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(11, 7.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.3, 1])
-    _draw_waits(halves[0], trace)
+    draw_waits(halves[0], trace)
     times, moments = halves[1].subplots(1, 2, width_ratios=[1, 1.4])
     calls = trace.calls()
     colors = {op: _LINES[i % len(_LINES)] for i, op in enumerate(trace.ops)}
@@ -49,12 +48,38 @@ def save_picture(trace: Trace, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=90, format="png")
 
 
-def _draw_waits(figure: Any, trace: Trace) -> None:
+def draw_waits(figure: Any, trace: Trace) -> None:
+    """Draws into a figure who waits for whom in a call, for the three ops that wait most.
+
+    Each op has a matrix of ranks, in milliseconds a call, on one scale for all: where little is
+    waited all is pale. ``trace.waits()`` has the numbers.
+
+    Args:
+      figure: of matplotlib, or a part of one from its ``subfigures``; it should have a constrained
+        layout.
+      trace: of one process, or of several put together; it must hold an exchange.
+
+    Raises:
+      ValueError: the trace is empty.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_ep
+      >>> from matplotlib.figure import Figure
+      >>> def plan(topk_idx):
+      ...     return jax_ep.make_plan(topk_idx, num_experts=4, axis_name="expert")
+      >>> with jax_ep.record() as trace:
+      ...     plans = jax.vmap(plan, axis_name="expert")(jnp.zeros((4, 8, 1), jnp.int32))
+      ...     _ = jax.block_until_ready(plans)
+      >>> figure = Figure()
+      >>> jax_ep.draw_waits(figure, trace)
+      >>> figure.axes[0].get_title()
+      'make_plan'
+    """
+    _check_not_empty(trace)
     calls, waits = trace.calls(), trace.waits()
     most = np.argsort(-waits.sum(axis=(1, 2)), kind="stable")[:_MATRICES]
     counts = np.array([np.sum(calls["op"] == op) for op in trace.ops])
     means = 1e3 * waits / counts[:, None, None]
-    # One scale: where little is waited all is pale.
     most_of_all = max(float(means.max()), 1e-3)
     image, all_axes = None, np.ravel(figure.subplots(1, len(most)))
     for axes, place in zip(all_axes, most, strict=True):
@@ -71,6 +96,11 @@ def _draw_waits(figure: Any, trace: Trace) -> None:
                 if value > _SHOWN * most_of_all:
                     axes.text(j, i, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=all_axes, shrink=0.8, label="ms a call")
+
+
+def _check_not_empty(trace: Trace) -> None:
+    if not len(trace):
+        raise ValueError("trace must hold an exchange to be drawn; got an empty one.")
 
 
 def _draw_times(axes: Any, calls: dict[str, np.ndarray], colors: dict[str, str]) -> None:

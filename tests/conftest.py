@@ -117,6 +117,13 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def standard_promotion() -> Iterator[None]:
+    """What other libraries count on, such as Optax: that dtypes are promoted."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def wait_timeout() -> Iterator[float]:
     """Puts the bound on waiting to its default, and back to what it was."""

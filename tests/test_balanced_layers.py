@@ -79,6 +79,7 @@ def test_nothing_is_dropped_and_loads_are_told():
     assert aux["expert_load"].tolist() == [64, 64, 0, 0, 0, 0, 0, 0]
     assert float(aux["expert_load_max_over_mean"]) == 4.0
     assert float(aux["rank_load_max_over_mean"]) == 1.0
+    assert aux["rank_load"].tolist() == [16] * 8
 
 
 def test_slack_lends_less():

@@ -2,108 +2,65 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example import (
+    SMALL,
+    DenseMoE,
+    architectures,
+    flagsaver,
+    meshes,
+    model,
+    program,
+    report,
+    text,
+    train,
+    training,
+)
 from flax import nnx
 from implementations import require
 
 import jax_ep.flax
 
-for _name in ("optax", "matplotlib", "tqdm"):
-    pytest.importorskip(_name, reason="the example needs the extra 'examples'")
-flagsaver = pytest.importorskip("absl.testing.flagsaver", reason="likewise")
-
-# A program and its parts, not an installed package.
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-program = importlib.import_module("train_moe_lm")
-meshes, model, report, text, training = (
-    importlib.import_module(f"moe_lm.{name}")
-    for name in ("meshes", "model", "report", "text", "training")
-)
-DenseMoE = importlib.import_module("moe_lm.dense").DenseMoE
-
-SMALL = {"num_layers": 2, "hidden": 32, "num_heads": 2, "ffn_hidden": 24, "num_experts": 8}
-NUM_STEPS = 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def promotion():
-    """Optax counts on dtypes being promoted."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    return text.read_corpus(1_000_000)
-
-
-@pytest.fixture(scope="module")
-def dense_history(corpus):
-    return train(model.Config(**SMALL, implementation="dense"), corpus)[0]
-
-
-@pytest.fixture
-def parsed_flags():
-    program.flags.FLAGS(["train_moe_lm.py"])
-
-
-def train(config, corpus, num_steps=NUM_STEPS):
-    """Trains from one start on one sequence of batches; returns the metrics and the model."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=auto)
-    rng, history = np.random.default_rng(0), []
-    with jax.set_mesh(mesh):
-        graph, state = training.init_state(
-            config, mesh, learning_rate=3e-3, num_steps=NUM_STEPS, seed=0
-        )
-        step = training.compile_step(graph, state, config)
-        placed = shardings(state)
-        for _ in range(num_steps):
-            batch = text.draw_windows(corpus.train, rng, 16, 33)
-            state, metrics = step(state, training.put_batch(batch, mesh))
-            history.append(jax.device_get(metrics))
-        # Otherwise the step is compiled twice.
-        assert shardings(state) == placed
-        trained, _ = nnx.merge(graph, state)
-    return report.History(*map(np.stack, zip(*history, strict=True))), trained
-
-
-def shardings(state):
-    return [x.sharding for x in jax.tree.leaves(state)]
+def dense_history():
+    return train(model.Config(**SMALL, implementation="dense"))[0]
 
 
 @pytest.mark.parametrize("name", ["native", "xla"])
-def test_training_is_that_of_the_dense_formula(name, corpus, dense_history):
+def test_training_is_that_of_the_dense_formula(name, dense_history):
     require(name)
-    history, _ = train(model.Config(**SMALL, implementation=name), corpus)
+    history, _ = train(model.Config(**SMALL, implementation=name))
     np.testing.assert_allclose(history.loss, dense_history.loss, atol=1e-3, rtol=0)
     np.testing.assert_array_equal(history.expert_load[0], dense_history.expert_load[0])
     assert not np.any(history.dropped)
     assert history.loss[-1] < history.loss[0] - 1.0
 
 
-def test_8_bits_on_the_wire_train_as_well(corpus, dense_history):
+def test_8_bits_on_the_wire_train_as_well(dense_history):
     config = model.Config(**SMALL, implementation="xla", wire="float8_e4m3fn")
-    history, trained = train(config, corpus)
+    history, trained = train(config)
     assert trained.blocks[0].moe.config.wire_dtype == "float8_e4m3fn"
     np.testing.assert_allclose(history.loss, dense_history.loss, rtol=0.01)
     assert np.any(np.abs(history.loss - dense_history.loss) > 1e-5)
 
 
-def test_a_small_capacity_drops_and_the_bias_of_a_sigmoid_router_evens_the_load(corpus):
+def test_a_small_capacity_drops_and_the_bias_of_a_sigmoid_router_evens_the_load():
     config = model.Config(
-        **SMALL | {"num_layers": 1}, router="sigmoid", capacity_factor=0.5, implementation="xla"
+        **SMALL | {"num_layers": 1},
+        router=architectures.ROUTERS["sigmoid"],
+        capacity_factor=0.5,
+        implementation="xla",
     )
-    history, trained = train(config, corpus, num_steps=2)
+    history, trained = train(config, num_steps=2)
     # Some device has its fair share or more to receive, and room for half of that.
     assert np.all(history.dropped > 0.1)
     assert np.all(history.expert_load.sum(axis=-1) == 16 * 32 * 2)
@@ -111,17 +68,19 @@ def test_a_small_capacity_drops_and_the_bias_of_a_sigmoid_router_evens_the_load(
     want = training.BIAS_RATE * np.sign(load.mean(axis=1, keepdims=True) - load).sum(axis=0)
     np.testing.assert_allclose(trained.blocks[0].moe.router_bias[...], want, atol=1e-6)
     np.testing.assert_allclose(
-        history.max_over_mean[:, 0], load.max(axis=1) / load.mean(axis=1), rtol=1e-5
+        history.busiest_expert[:, 0], load.max(axis=1) / load.mean(axis=1), rtol=1e-5
     )
 
 
-@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
-def test_the_dense_layer_leaves_out_what_is_no_token(router):
+@pytest.mark.parametrize(
+    "options", [{"router": "softmax"}, {"router": "sigmoid", "shared_hidden": 6}], ids=str
+)
+def test_the_dense_layer_leaves_out_what_is_no_token(options):
     x = jax.random.normal(jax.random.key(0), (3, 5, 16))
     token_mask = jnp.arange(15).reshape(3, 5) % 4 != 1
     x = jnp.where(token_mask[..., None], x, jnp.nan)
     (out, aux), (want, want_aux) = (
-        Layer(16, 8, 6, 2, rngs=nnx.Rngs(1), router=router).apply_with_aux(x, token_mask=token_mask)
+        Layer(16, 8, 6, 2, rngs=nnx.Rngs(1), **options).apply_with_aux(x, token_mask=token_mask)
         for Layer in (DenseMoE, jax_ep.flax.MoE)
     )
     np.testing.assert_allclose(out, want, atol=1e-6)
@@ -195,23 +154,24 @@ def test_a_mesh_that_is_none(mesh):
     ],
     ids=str,
 )
-def test_flags_that_do_not_fit(parsed_flags, flag, message):
-    with flagsaver.flagsaver(**flag), pytest.raises(program.app.UsageError, match=message):
+def test_flags_that_do_not_fit(flag, message):
+    with flagsaver(**flag), pytest.raises(program.app.UsageError, match=message):
         program.make_mesh(program.make_config())
 
 
-def test_no_capacity_factor_is_no_limit(parsed_flags):
-    with flagsaver.flagsaver(capacity_factor=0.0, router="sigmoid"):
+def test_no_capacity_factor_is_no_limit():
+    with flagsaver(capacity_factor=0.0, router="sigmoid"):
         config = program.make_config()
-    assert (config.capacity_factor, config.router) == (None, "sigmoid")
+    assert config.capacity_factor is None
+    assert config.router == architectures.ROUTERS["sigmoid"]
     assert program.make_config().capacity_factor == 1.25
 
 
-def test_a_whole_run_shows_what_it_promises(parsed_flags, corpus, tmp_path, capsys):
+def test_a_whole_run_shows_what_it_promises(tmp_path, capsys):
     small = SMALL | {"num_layers": 1, "batch": 8, "seq_len": 16, "steps": 3, "sample_bytes": 40}
     with (
-        flagsaver.flagsaver(**small, max_bytes=1_000_000, output_dir=str(tmp_path / "new")),
-        flagsaver.flagsaver(trace=str(tmp_path / "t.npy")),
+        flagsaver(**small, max_bytes=1_000_000, output_dir=str(tmp_path / "new")),
+        flagsaver(trace=str(tmp_path / "t.npy"), profile=str(tmp_path / "profile")),
     ):
         program.main(["train_moe_lm.py"])
     out, err = capsys.readouterr()
@@ -232,6 +192,7 @@ def test_a_whole_run_shows_what_it_promises(parsed_flags, corpus, tmp_path, caps
     assert np.load(tmp_path / "t.npy").shape == (1, 8 * 16, 2)
     trace = jax_ep.Trace.load(tmp_path / "new" / "train_moe_lm.npz")
     assert {"make_plan", "dispatch", "combine", "dispatch (gradient)"} <= set(trace.ops)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert (tmp_path / "new" / "train_moe_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -253,5 +214,5 @@ def test_a_sample_cannot_upset_a_terminal():
     )
 
 
-def test_an_untrained_model_knows_nothing(corpus, dense_history):
+def test_an_untrained_model_knows_nothing(dense_history):
     assert dense_history.loss[0] == pytest.approx(math.log2(256), abs=1e-4)

@@ -99,6 +99,7 @@ def test_zero_experts_count_among_the_choices():
     assert int(aux["recv_rows"]) == int(aux["expert_load"][:NUM_EXPERTS].sum())
     assert int(aux["expert_load"][NUM_EXPERTS:].sum()) > 0
     assert float(aux["dropped_fraction"]) == 0
+    assert aux["dropped_by_choice"].tolist() == [0.0] * NUM_TOPK
 
 
 def test_a_share_drains_a_device():

@@ -88,6 +88,8 @@ def test_two_layers_train_and_sow(remat):
             "load_balance_loss",
             "router_z_loss",
             "expert_load",
+            "rank_load",
+            "dropped_by_choice",
             "expert_load_max_over_mean",
             "rank_load_max_over_mean",
             "dropped_fraction",
@@ -111,6 +113,18 @@ def test_nodes():
     left = [float(aux[per_node]["node_wire_bytes"]) for per_node in (1, 2, 4)]
     assert left[0] == float(aux[1]["wire_bytes"]) == float(aux[2]["wire_bytes"])
     assert left[0] > left[1] > left[2] == 0
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_loads_of_ranks_and_drops_by_choice(chunks):
+    """The first of four ranks owns both experts that all want: it keeps first choices alone."""
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        layer = make_layer(capacity_factor=1.0, chunks=chunks)
+        layer.router_kernel[...] = jnp.zeros_like(layer.router_kernel[...])
+        half = np.arange(64) % 2 == 0
+        _, aux = layer.apply_with_aux(jnp.ones((64, HIDDEN)), token_mask=half)
+    assert aux["rank_load"].tolist() == [64, 0, 0, 0]
+    assert aux["dropped_by_choice"].tolist() == [0.0, 1.0]
 
 
 def test_losses_can_be_trained_on_through_capture():

@@ -14,7 +14,7 @@ import pytest
 from test_record_processes import in_processes
 from traces import MS, part, trace
 
-from jax_ep import Trace
+from jax_ep import Trace, draw_waits
 from jax_ep._picture import save_picture
 from jax_ep._report import report, save_timeline
 from jax_ep._verdicts import verdicts
@@ -223,3 +223,5 @@ def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: pat
 def test_pictures_show_something(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="trace must hold an exchange to be drawn; got an empty"):
         save_picture(trace(), tmp_path / "none.png")
+    with pytest.raises(ValueError, match="trace must hold an exchange to be drawn; got an empty"):
+        draw_waits(None, trace())

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from jax_ep import DROPPED, routing
 from jax_ep.flax import MoE
+from moe_lm.routed import route, shared_expert
 
 
 class DenseMoE(MoE):
@@ -28,18 +29,10 @@ class DenseMoE(MoE):
     ) -> tuple[Float[Array, "*batch hidden"], dict[str, Num[Array, "..."]]]:
         """Returns the outputs, and the losses and metrics that training uses, by name."""
         del share, rngs  # There are no ranks that differ, and no jitter.
-        num_experts, router = self.config.num_experts, self.config.router
-        assert router is not None
+        num_experts = self.config.num_experts
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
-        logits = jnp.matmul(x, self.router_kernel[...], precision=jax.lax.Precision.HIGHEST)
-        topk_idx, topk_weights = router.choose(
-            logits,
-            self.config.num_topk,
-            bias=self.router_bias[...] if router.has_bias else None,
-            topk_idx=topk_idx,
-        )
-        probs = router.probs(logits)
+        topk_idx, topk_weights, probs = route(self, x, topk_idx=topk_idx)
         if token_mask is not None:
             topk_idx = jnp.where(token_mask[..., None], topk_idx, DROPPED)
         choices = jax.nn.one_hot(topk_idx, num_experts)
@@ -48,10 +41,12 @@ class DenseMoE(MoE):
         weights = jnp.einsum("...ke,...k->...e", choices, topk_weights)
         rows = jax.nn.silu(gate) * up * weights[..., None]
         load = jnp.sum(choices.reshape(-1, num_experts), axis=0)
-        return jnp.einsum("...ef,efh->...h", rows, self.w_down[...]), {
+        out = jnp.einsum("...ef,efh->...h", rows, self.w_down[...])
+        if self.config.shared_hidden is not None:
+            out += shared_expert(self, x)
+        return out, {
             "load_balance_loss": routing.load_balance_loss(probs, topk_idx),
             "expert_load": load.astype(jnp.int32),
-            "expert_load_max_over_mean": jnp.max(load) / jnp.mean(load),
-            "rank_load_max_over_mean": jnp.ones(()),  # All experts on every device.
-            "dropped_fraction": jnp.zeros(()),
+            "rank_load": jnp.sum(load, keepdims=True, dtype=jnp.int32),  # Each device has all.
+            "dropped_by_choice": jnp.zeros(self.config.num_topk),
         }

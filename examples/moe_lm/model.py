@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jax_ep.flax import MoE
+from jax_ep.routing import Router
 from moe_lm.dense import DenseMoE
 
 VOCAB = 256
@@ -28,7 +29,8 @@ class Config:
     ffn_hidden: int = 128
     num_experts: int = 16
     num_topk: int = 2
-    router: Literal["softmax", "sigmoid"] = "softmax"
+    router: Router = dataclasses.field(default_factory=Router)
+    shared_hidden: int | None = None
     capacity_factor: float | None = None
     num_spares: int = 0
     axis_name: str | None = "expert"
@@ -98,11 +100,12 @@ class Block(nnx.Module):
 def make_moe(config: Config, *, rngs: nnx.Rngs) -> MoE:
     """Makes one layer of experts: by the exchange, or dense to compare it with."""
     sizes = (config.hidden, config.ffn_hidden, config.num_experts, config.num_topk)
+    network: Any = {"router": config.router, "shared_hidden": config.shared_hidden}
     if config.implementation == "dense":
-        return DenseMoE(*sizes, router=config.router, axis_name=config.axis_name, rngs=rngs)
+        return DenseMoE(*sizes, **network, axis_name=config.axis_name, rngs=rngs)
     return MoE(
         *sizes,
-        router=config.router,
+        **network,
         capacity_factor=config.capacity_factor,
         num_spares=config.num_spares,
         axis_name=config.axis_name,

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 import jax_ep
-from jax_ep import routing, wire
+from jax_ep import wire
 from jax_ep.flax import MoE
 from moe_lm.model import Config, Transformer
+from moe_lm.routed import route
 
 Call = Callable[[], Any]
 
@@ -44,7 +45,7 @@ def time_layers(
     totals: dict[str, float] = {}
     for block, x in zip(model.blocks, moe_inputs, strict=True):
         calls = _bind(config, parts, block.moe, x.reshape(-1, config.hidden))
-        for name, seconds in _median_seconds(calls, repeats).items():
+        for name, seconds in median_seconds(calls, repeats).items():
             totals[name] = totals.get(name, 0.0) + seconds
     return totals
 
@@ -97,11 +98,7 @@ def _bind(
     config: Config, parts: dict[str, Callable[..., Any]], moe: MoE, x: jax.Array
 ) -> dict[str, Call]:
     """Gives each part what it gets in the model."""
-    logits = x @ moe.router_kernel[...]
-    if config.router == "softmax":
-        topk_idx, topk_weights = routing.softmax_topk(logits, config.num_topk)
-    else:
-        topk_idx, topk_weights = routing.sigmoid_topk(logits, moe.router_bias[...], config.num_topk)
+    topk_idx, topk_weights, _ = route(moe, x)
     weights = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
     calls = {}
     if config.num_spares:
@@ -168,7 +165,8 @@ def _combine(
     return out, *pull(out)
 
 
-def _median_seconds(calls: dict[str, Call], repeats: int) -> dict[str, float]:
+def median_seconds(calls: dict[str, Call], repeats: int) -> dict[str, float]:
+    """Returns how long each call takes, in the median; the calls take turns."""
     for call in calls.values():
         jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}

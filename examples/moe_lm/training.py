@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,15 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import routing
 from moe_lm import meshes
+from moe_lm.metrics import Metrics
 from moe_lm.model import Config, Transformer
+from moe_lm.routed import route
 
 _BALANCE_LOSS = 0.01
 BIAS_RATE = 0.01
 
 State: TypeAlias = Any
 Tokens: TypeAlias = Int32[Array, "batch length"]
-
-
-class Metrics(NamedTuple):
-    """What one step reports; all but the loss are before the step's update, for each layer."""
-
-    loss: Float32[Array, ""]  # bits per byte
-    expert_load: Int32[Array, "num_layers num_experts"]
-    max_over_mean: Float32[Array, "num_layers"]
-    busiest_rank: Float32[Array, "num_layers"]  # rows of the busiest device, over the mean
-    dropped: Float32[Array, "num_layers"]  # fraction of the choices
 
 
 def init_state(
@@ -65,28 +57,65 @@ def balanced(config: Config, graph: nnx.GraphDef, state: State) -> tuple[Config,
 
 
 def compile_step(
-    graph: nnx.GraphDef, state: State, config: Config
+    graph: nnx.GraphDef, state: State, config: Config, *, accumulate: int = 1
 ) -> Callable[[State, Tokens], tuple[State, Metrics]]:
-    """Returns the training step. It overwrites the state it is given."""
+    """Returns the training step. It overwrites the state it is given.
+
+    Args:
+      graph: the structure of model and optimizer.
+      state: their state.
+      config: the model's.
+      accumulate: into how many parts a batch is cut, one computed after the other. A capacity is
+        one for the choices of a part, and a loss that evens loads looks at a part; all else is as
+        if the batch were whole.
+    """
     # Where XLA is left to choose, the second step's state is placed unlike the first one's, and
     # the step is compiled twice.
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = partial(_step, graph, config)
+    step = partial(_step, graph, config, accumulate)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _step(
-    graph: nnx.GraphDef, config: Config, state: State, tokens: Tokens
+    graph: nnx.GraphDef, config: Config, accumulate: int, state: State, tokens: Tokens
 ) -> tuple[State, Metrics]:
     model, optimizer = nnx.merge(graph, state)
-    grad_fn = nnx.value_and_grad(partial(loss_and_metrics, config), has_aux=True)
-    (_, metrics), grads = grad_fn(model, tokens)
+    grads, metrics = gradients(config, accumulate, model, tokens)
     optimizer.update(model, grads)
-    if config.router == "sigmoid":
+    if config.router.has_bias:
         for block, load in zip(model.blocks, metrics.expert_load, strict=True):
             bias = block.moe.router_bias
             bias[...] = routing.update_router_bias(bias[...], load, BIAS_RATE)
     return nnx.state((model, optimizer)), metrics
+
+
+def gradients(
+    config: Config, accumulate: int, model: Transformer, tokens: Tokens
+) -> tuple[State, Metrics]:
+    """Returns the mean of the parts' gradients, and what the whole batch has to report."""
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+
+    def loss(params: State, tokens: Tokens) -> tuple[jax.Array, Metrics]:
+        return loss_and_metrics(config, nnx.merge(graph, params, others), tokens)
+
+    grad_fn = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        return grad_fn(params, tokens)
+
+    def add(total: State, part: Tokens) -> tuple[State, Metrics]:
+        grads, metrics = grad_fn(params, part)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    # Each part has some sequences of every device, so none has to move.
+    parts = tokens.reshape(-1, accumulate, tokens.shape[1]).swapaxes(0, 1)
+    total, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    metrics = Metrics(
+        jnp.mean(each.loss),
+        jnp.sum(each.expert_load, axis=0),
+        jnp.sum(each.rank_load, axis=0),
+        jnp.mean(each.dropped_by_choice, axis=0),
+    )
+    return jax.tree.map(lambda grad: grad / accumulate, total), metrics
 
 
 def loss_and_metrics(
@@ -106,12 +135,11 @@ def loss_and_metrics(
     metrics = Metrics(
         loss,
         each_layer("expert_load"),
-        each_layer("expert_load_max_over_mean"),
-        each_layer("rank_load_max_over_mean"),
-        each_layer("dropped_fraction"),
+        each_layer("rank_load"),
+        each_layer("dropped_by_choice"),
     )
-    # A sigmoid router is balanced by its bias instead.
-    weight = _BALANCE_LOSS if config.router == "softmax" else 0.0
+    # A router that has a bias is balanced by it instead.
+    weight = 0.0 if config.router.has_bias else _BALANCE_LOSS
     return loss + weight * jnp.sum(each_layer("load_balance_loss")), metrics
 
 
@@ -129,11 +157,7 @@ def choices(
 ) -> Int32[np.ndarray, "tokens num_topk"]:
     """Returns which experts the first layer's router chooses."""
     moe = model.blocks[0].moe
-    logits = moe_input.reshape(-1, moe.config.hidden) @ moe.router_kernel[...]
-    router = moe.config.router
-    assert router is not None
-    bias = moe.router_bias[...] if router.has_bias else None
-    return np.asarray(router.choose(logits, moe.config.num_topk, bias=bias)[0])
+    return np.asarray(route(moe, moe_input.reshape(-1, moe.config.hidden)).topk_idx)
 
 
 def _bits_per_byte(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -45,6 +45,10 @@ class MoE(nnx.Module):
       ``router`` that is called returned besides choices and weights;
     * ``expert_load`` int32, choices of each expert, zero experts behind the others: what
       ``routing.update_router_bias`` takes;
+    * ``rank_load`` int32 [num_ranks], what is asked of each device along ``axis_name``, before
+      drops and once experts are lent;
+    * ``dropped_by_choice`` float32 [num_topk], which part of the tokens' first choices got no row,
+      which of their second, and so on;
     * the scalars of ``load_metrics``: ratios of that load, but for ranks of what they have once
       experts are lent; and sums over devices for ``recv_rows``, ``logical_bytes``, ``wire_bytes``
       and ``node_wire_bytes``: those of ``dispatch``.

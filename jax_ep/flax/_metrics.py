@@ -28,7 +28,7 @@ def global_metrics(
       dtype: of what crosses.
 
     Returns:
-      Scalars and ``expert_load``, equal on all shards.
+      Scalars, loads and drops, equal on all shards.
     """
     width, element = config.expert_hidden, dtype
     if config.wire_dtype is not None:
@@ -41,6 +41,9 @@ def global_metrics(
         return {name: local[name] for name in summed} | of_plan
 
     totals = sums(plan) if config.chunks == 1 else _sum_first(jax.vmap(sums)(plan))
+    totals["kept"] = jnp.sum(plan.kept.reshape(topk_idx.shape), axis=0, dtype=jnp.int32)
+    is_valid = (topk_idx >= 0) & (topk_idx < config.num_experts)
+    totals["valid"] = jnp.sum(is_valid, axis=0, dtype=jnp.int32)
     load = totals.pop("load")
     totals = jax.lax.psum(totals, axes) if axes else totals
     # The load counts all ranks of the expert axis already.
@@ -53,10 +56,14 @@ def global_metrics(
     num_choices = jnp.maximum(jnp.sum(expert_load), 1).astype(jnp.float32)
     if config.num_zero_experts:
         expert_load = count_choices(topk_idx, config.num_choosable, axis_name=axes or None)
+    load_of_ranks = rank_load(load, plan.num_ranks)
+    kept, valid = (totals.pop(name).astype(jnp.float32) for name in ("kept", "valid"))
     return {
         "expert_load": expert_load,
+        "rank_load": load_of_ranks,
+        "dropped_by_choice": (valid - kept) / jnp.maximum(valid, 1),
         "expert_load_max_over_mean": max_over,
-        "rank_load_max_over_mean": max_over_mean(rank_load(load, plan.num_ranks)),
+        "rank_load_max_over_mean": max_over_mean(load_of_ranks),
         "dropped_fraction": totals.pop("dropped").astype(jnp.float32) / num_choices,
         **totals,
     }

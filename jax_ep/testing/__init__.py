@@ -1,4 +1,4 @@
-"""Helps to test expert-parallel code: processes, routings, payloads and comparisons.
+"""Helps to test expert-parallel code: processes, routings, payloads, comparisons and a rival.
 
 Nothing here needs pytest, and of the rest of the library only its commands import this.
 """
@@ -14,9 +14,11 @@ from jax_ep.testing._routings import (
     uniform_routing,
     zipf_routing,
 )
+from jax_ep.testing._slots import SlotsResult, slots_all_to_all, slots_moe
 
 __all__ = [
     "MultiprocessFailure",
+    "SlotsResult",
     "assert_bitwise_equal",
     "assert_close_ulp",
     "decode_origin",
@@ -25,6 +27,8 @@ __all__ = [
     "kill",
     "multiprocess",
     "routing_with_holes",
+    "slots_all_to_all",
+    "slots_moe",
     "uniform_routing",
     "zipf_routing",
 ]
