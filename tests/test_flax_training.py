@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
 from flax_layers import (
@@ -20,6 +23,7 @@ from flax_layers import (
     parameters,
 )
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jax_ep import routing
 from jax_ep.flax import MoE, RouterBias
@@ -161,3 +165,47 @@ def test_linen():
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(again, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(aux["load_balance_loss"], balance, rtol=1e-5)
+
+
+def linen_layer(**kwargs):
+    options = {"experts": "geglu", "shared_hidden": 4, "fsdp_axis": "data"}
+    return bridge.ToLinen(MoE, args=(HIDDEN, FFN_HIDDEN, 8, NUM_TOPK), kwargs=options, **kwargs)
+
+
+class LinenBlock(nn.Module):
+    """A layer as one of several in a scan."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + linen_layer(name="moe")(x), None
+
+
+def test_linen_in_a_scan_of_remat():
+    """As a loop over layers that keeps all: outputs, gradients, and where parameters are."""
+    kept = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+    tower = nn.scan(nn.remat(LinenBlock), in_axes=nn.broadcast, **kept)()
+    x = jnp.asarray(inputs()[0])
+
+    def by_scan(variables):
+        return jnp.sum(tower.apply(variables, x, None)[0] ** 2)
+
+    def by_loop(variables):
+        out: Any = x
+        for i in range(3):
+            params = jax.tree.map(lambda a, i=i: a[i], nn.unbox(variables)["params"]["moe"])
+            out = out + linen_layer().apply({"params": params}, out)
+        return jnp.sum(out**2)
+
+    with on(AxisType.Auto, {"data": 2, "expert": 4}):
+        variables = jax.jit(tower.init)(jax.random.key(0), x, None)
+        loss, grads = jax.jit(jax.value_and_grad(by_scan))(variables)
+        want_loss, want = jax.jit(jax.value_and_grad(by_loop))(variables)
+        alone = jax.jit(linen_layer().init)(jax.random.key(0), x)
+        specs = nn.get_partition_spec(alone)["params"]
+    assert specs["w_down"] == P("expert", None, "data")
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    for name, grad in nn.unbox(grads)["params"]["moe"].items():
+        other = nn.unbox(want)["params"]["moe"][name]
+        np.testing.assert_allclose(grad, other, rtol=1e-4, atol=1e-5, err_msg=name)
+    down = nn.unbox(grads)["params"]["moe"]["w_down"]
+    assert down.sharding.spec == P(None, "expert", None, "data")

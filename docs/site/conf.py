@@ -43,6 +43,7 @@ _GUIDES = (
     "trainers",
     "processes",
     "hangs",
+    "checkpoints",
     "gpus",
     "serving",
     "using_plans",
