@@ -38,6 +38,8 @@ autodoc_typehints = "signature"
 python_maximum_signature_line_length = 100
 
 _GUIDES = (
+    "concepts",
+    "own_model",
     "layer",
     "models",
     "trainers",
