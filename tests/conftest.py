@@ -42,13 +42,30 @@ hypothesis.settings.load_profile("jax_ep")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--sample",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of what each test is parametrized with, run one in N (at least one): the same ones "
-        "in every run, whatever else runs",
+        "--parts",
+        type=_parse_parts,
+        default=({1}, 1),
+        metavar="I,J/N",
+        help="deal what each test is parametrized with into N parts, the same ones in every run, "
+        "and run parts I and J, or all of a test that has fewer; whoever is marked 'once' runs",
     )
+
+
+def _parse_parts(text: str) -> tuple[set[int], int]:
+    chosen, number = text.split("/")
+    parts = {int(part) for part in chosen.split(",")}
+    if not parts <= set(range(1, int(number) + 1)):
+        raise ValueError(f"parts must be from 1 to {number}; got {chosen}.")
+    return parts, int(number)
+
+
+def _hash(item: pytest.Item) -> int:
+    return zlib.crc32(item.nodeid.encode())
+
+
+def _hash_of_many(item: pytest.Item) -> int:
+    """By parameters alone: so tests that look at one program's answers stay together."""
+    return zlib.crc32(item.nodeid.partition("[")[2].encode())
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,18 +73,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves what ``--sample`` takes of each test."""
+    """Leaves what ``--parts`` takes of each test."""
+    chosen, number = config.option.parts
     by_test = defaultdict(list)
     for item in items:
-        by_test[item.nodeid.partition("[")[0]].append(item)
-    every: int = config.option.sample
-    kept = set()
+        if item.get_closest_marker("once") is None:
+            by_test[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
     for tests in by_test.values():
-        # By their names: a step through their order could miss a row of the table altogether.
-        tests.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        kept.update(tests[: -(-len(tests) // every)])
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+        if len(tests) >= number:
+            # By names: in their order a part could miss a row of the table altogether.
+            tests.sort(key=_hash_of_many if len(tests) > 100 else _hash)
+            left_out.update(item for i, item in enumerate(tests) if i % number + 1 not in chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -75,6 +94,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     callspec = getattr(item, "callspec", None)
     if callspec and any(map(_is_pure_jax, callspec.params.values())):
         item.add_marker(pytest.mark.xla)
+        if item.get_closest_marker("composes") is not None:
+            item.add_marker(pytest.mark.once)
 
 
 def _is_pure_jax(value: object) -> bool:
