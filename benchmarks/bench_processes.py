@@ -63,7 +63,8 @@ def _measure(folder: pathlib.Path, shape: Shape, repeats: dict[str, int]) -> Non
     """Runs each contender so many times, and saves how long each run took here."""
     mesh = make_mesh(shape.num_ranks)
     inputs = make_inputs(shape, 0.0)
-    calls = _contenders(shape, mesh, inputs.on(mesh).as_tuple(), inputs)
+    placed = inputs.on(mesh).as_tuple()
+    calls = {name: _contender(name, shape, mesh, placed, inputs) for name in repeats}
     # One after the other, and each back to back: what comes after another takes the processes
     # differently long, and a call then waits for the one that is late.
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
@@ -78,31 +79,34 @@ def _measure(folder: pathlib.Path, shape: Shape, repeats: dict[str, int]) -> Non
         np.save(folder / f"{i}-{jax.process_index()}.npy", seconds[name])
 
 
-def _contenders(
-    shape: Shape, mesh: Mesh, placed: tuple[Any, ...], inputs: Inputs
-) -> dict[str, Callable[[], Any]]:
+def _contender(
+    name: str, shape: Shape, mesh: Mesh, placed: tuple[Any, ...], inputs: Inputs
+) -> Callable[[], Any]:
+    """Compiles a contender, and checks it if it is a whole exchange."""
     x, topk_idx, _ = placed
-    plans = {name: planner(shape, name, "uninitialized") for name in ("native", "xla")}
+    native = planner(shape, "native", "uninitialized")
+    if name == _GATHER:
+        gather = over_ranks(lambda idx: jax.lax.all_gather(idx, AXIS), mesh)
+        return lambda: gather(topk_idx)
+    if name == _PLAN:
+        # Without the one field that a collective of XLA's hands out.
+        make_plan = over_ranks(
+            lambda idx: dataclasses.replace(made := native(idx), expert_load=made.kept), mesh
+        )
+        return lambda: make_plan(topk_idx)
+    plan = over_ranks(native, mesh)(topk_idx)
+    if name == _DISPATCH:
+        dispatch = over_ranks(jax_ep.dispatch, mesh)
+        return lambda: dispatch(x, plan)
     per_node = shape.num_ranks // jax.process_count()
-    plans["nodes"] = planner(shape, "native", "uninitialized", ranks_per_node=per_node)
-    programs = {name: over_ranks(exchange(plan), mesh) for name, plan in plans.items()}
-    for program in programs.values():
-        _check(over_ranks(plans["native"], mesh)(topk_idx), program(*placed), inputs)
-    plan = over_ranks(plans["native"], mesh)(topk_idx)
-    # Without the one field that a collective of XLA's hands out.
-    make_plan = over_ranks(
-        lambda idx: dataclasses.replace(made := plans["native"](idx), expert_load=made.kept), mesh
-    )
-    dispatch = over_ranks(jax_ep.dispatch, mesh)
-    gather = over_ranks(lambda idx: jax.lax.all_gather(idx, AXIS), mesh)
-    return {
-        _EXCHANGE: lambda: programs["native"](*placed),
-        _XLA: lambda: programs["xla"](*placed),
-        _NODES: lambda: programs["nodes"](*placed),
-        _DISPATCH: lambda: dispatch(x, plan),
-        _PLAN: lambda: make_plan(topk_idx),
-        _GATHER: lambda: gather(topk_idx),
+    planners = {
+        _EXCHANGE: native,
+        _XLA: planner(shape, "xla", "uninitialized"),
+        _NODES: planner(shape, "native", "uninitialized", ranks_per_node=per_node),
     }
+    program = over_ranks(exchange(planners[name]), mesh)
+    _check(plan, program(*placed), inputs)
+    return lambda: program(*placed)
 
 
 def _check(plan: jax_ep.Plan, out: jax.Array, inputs: Inputs) -> None:
