@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import pathlib
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attacks import SHAPE, Numbers, R, forward_and_back, make_plan, same
+from elsewhere import run_elsewhere
 from implementations import EMULATED, ONE, SHARD_MAP, VMAP, Row, require
 
 import jax_ep
@@ -191,17 +188,7 @@ def test_exported_and_loaded_elsewhere(implementation: str, fabric, tmp_path) ->
     exported = jax.export.export(program, disabled_checks=allowed)(*args)
     (tmp_path / "program").write_bytes(exported.serialize())
     np.savez(tmp_path / "inputs.npz", *args)
-    script = tmp_path / "load.py"
-    script.write_text(textwrap.dedent(LOAD))
-    child = subprocess.run(
-        [sys.executable, "-S", str(script), str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert child.returncode == 0, child.stderr
+    run_elsewhere(LOAD, tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), program(*args))
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pathlib
 import pickle
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from elsewhere import run_elsewhere
 from flax import nnx
 from implementations import require
 from jax.experimental import serialize_executable
@@ -69,17 +66,7 @@ def test_a_layer_runs_where_it_was_not_compiled(tmp_path: pathlib.Path) -> None:
         pytest.skip("jax.export serializes with the package flatbuffers, which is not installed")
     want = store(tmp_path)
     assert np.all(np.any(want != 0, axis=-1))
-    script = tmp_path / "load.py"
-    script.write_text(textwrap.dedent(LOAD))
-    child = subprocess.run(
-        [sys.executable, "-S", str(script), str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert child.returncode == 0, child.stderr
+    run_elsewhere(LOAD, tmp_path)
     out = np.load(tmp_path / "out.npz")
     np.testing.assert_array_equal(out["executable"], want)
     np.testing.assert_array_equal(out["program"], want)
