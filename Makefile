@@ -153,10 +153,10 @@ $(MAXTEXT)/.installed: tests/with_maxtext/requirements.txt
 CMAKE_FILES := ffi/CMakeLists.txt tests/native/CMakeLists.txt $(wildcard ffi/cuda/*.txt ffi/cuda/*.cmake)
 
 build/lint/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B build/lint -DJAX_EP_CUDA=AUTO
+	$(CONFIGURE) -B build/lint -DJAX_EP_CUDA=AUTO -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON
 
 build/lint-kernels/compile_commands.json: $(CMAKE_FILES) $(PACKAGE) $(TOOLS)
-	$(CONFIGURE) -B build/lint-kernels -DJAX_EP_NATIVE_TESTS=ON
+	$(CONFIGURE) -B build/lint-kernels -DJAX_EP_NATIVE_TESTS=ON -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON
 
 build/native-address: SANITIZE := address,undefined
 build/native-thread: SANITIZE := thread
