@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def make_plan(topk_idx: jax.Array) -> jax_ep.Plan:
     return jax_ep.make_plan(topk_idx, num_experts=E, axis_name=AXIS, implementation="native")
 
 
-def num_rounds(topk_idx: np.ndarray) -> tuple[int, int]:
-    """Returns how many rounds there are, and for how many tokens each pair has room in one."""
+def count_rounds() -> Callable[[np.ndarray], tuple[int, int]]:
+    """Compiles what says how many rounds choices take, and for how many tokens each has room."""
 
     def per_rank(topk_idx: jax.Array) -> tuple[jax.Array, jax.Array]:
         plan = make_plan(topk_idx)
@@ -48,9 +48,14 @@ def num_rounds(topk_idx: np.ndarray) -> tuple[int, int]:
         wire = _wire.Wire.of(call, operands)
         return wire.num_rounds, jnp.int32(wire.room)
 
-    counts, rooms = jax.jit(over_devices(per_rank, R))(topk_idx)
-    [count] = {*counts.tolist()}  # All ranks agree.
-    return count, int(rooms[0])
+    program = jax.jit(over_devices(per_rank, R))
+
+    def count(topk_idx: np.ndarray) -> tuple[int, int]:
+        counts, rooms = program(topk_idx)
+        [number] = {*counts.tolist()}  # All ranks agree.
+        return number, int(rooms[0])
+
+    return count
 
 
 def collectives(text: str, name: str) -> Iterator[int]:

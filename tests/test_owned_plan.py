@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -37,13 +39,20 @@ def row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Row:
     return Row("native", Fabric(f"owned plans, {request.param}", over_devices, 8), exact=True)
 
 
-def check(row: Row, shape: Shape, topk_idx: np.ndarray) -> None:
+@functools.cache
+def program(row: Row, shape: Shape) -> Callable[[np.ndarray], dict[str, jax.Array]]:
+    """Compiles a plan with its lists."""
+
     def per_rank(topk_idx: jax.Array) -> dict[str, jax.Array]:
         plan = make_plan(row, shape, topk_idx)
         lists = {name: getattr(plan._arrays, name) for name in (*LISTS, "fingerprint")}
         return fields_of(plan) | {"group_rows": plan._arrays.group_rows} | lists
 
-    got = jax.tree.map(np.asarray, row.jit(per_rank, shape.num_ranks)(topk_idx))
+    return row.jit(per_rank, shape.num_ranks)
+
+
+def check(row: Row, shape: Shape, topk_idx: np.ndarray) -> None:
+    got = jax.tree.map(np.asarray, program(row, shape)(topk_idx))
     want = shape.plan(topk_idx)
     for name, array in expected_fields(want).items():
         same_bits(got[name], array, name)
@@ -67,6 +76,7 @@ def check_received(shape: Shape, want: oracle.Plan, got: dict[str, np.ndarray], 
     same_bits(got["group_rows"], experts.astype(np.int32), "group_rows")
 
 
+ONE = Row("native", Fabric("owned plans, one", over_devices, 8), exact=True)
 OF_ONE_OR_MORE = [
     case for case in CASES if 1 < case.shape.num_ranks <= 8 and case.shape.num_tokens > 0
 ]
@@ -84,15 +94,14 @@ LONG = Shape(num_ranks=4, num_tokens=150, num_topk=3, num_experts=8)
 @pytest.mark.parametrize("routing", [strategies.distinct, strategies.everything_to_one_expert])
 def test_where_rows_run_out(capacity: int, routing: strategies.Routing) -> None:
     """In any k, in any block of tokens, and between two sources' same tokens."""
-    row = Row("native", Fabric("owned plans, one", over_devices, 8), exact=True)
     shape = dataclasses.replace(LONG, capacity=capacity)
-    check(row, shape, routing(shape))
+    check(ONE, shape, routing(shape))
 
 
 @settings(max_examples=30)
 @given(topk_idx=strategies.topk_indices(TIGHT))
 def test_random_routings(topk_idx: np.ndarray) -> None:
-    check(Row("native", Fabric("owned plans, one", over_devices, 8), exact=True), TIGHT, topk_idx)
+    check(ONE, TIGHT, topk_idx)
 
 
 @pytest.mark.parametrize("shape", [BASE, TIGHT, NODES], ids=["base", "tight", "nodes"])
