@@ -105,7 +105,7 @@ class MoE(nnx.Module):
         axis_name: AxisName = "expert",
         tensor_axis: str | None = None,
         fsdp_axis: AxisName = None,
-        out_sharding: Mapping[str, P] | None = None,
+        out_sharding: Mapping[str, P | tuple[Any, ...]] | None = None,
         ranks_per_node: int = 1,
         num_spares: int = 0,
         slack: float = 0.0,
@@ -174,9 +174,10 @@ class MoE(nnx.Module):
           rngs: ``params`` draws the initial parameters.
 
         Raises:
-          TypeError: a size is not an int, or ``router`` or ``experts`` is none.
-          ValueError: a size or an option is out of range, or the mesh in context lacks an axis, or
-            its size does not divide what is cut over it or is no multiple of ``ranks_per_node``.
+          TypeError: a size is not an int, or an option is not what it has to be.
+          ValueError: a size or an option is out of range, or names no parameter, or the mesh in
+            context lacks an axis, or its size does not divide what is cut over it or is no multiple
+            of ``ranks_per_node``; or a spec would have parts of a parameter change places.
         """
         network = with_dims(resolve_experts(experts))
         self.config = Config(
