@@ -188,6 +188,7 @@ class WrongDims(NoDims):
             "kernel_init must be None, an initializer, or a mapping to these .*; got 0.02",
             {"kernel_init": 0.02},
         ),
+        (TypeError, "kernel_init must be None.*; got {'w_up': 1}", {"kernel_init": {"w_up": 1}}),
         (
             ValueError,
             r"kernel_init must name parameters of this layer, \('router_kernel', .*; got 'bias'",

@@ -51,13 +51,15 @@ def _initializers(config: Config, kernel_init: KernelInit | None) -> dict[str, I
         return inits
     if isinstance(kernel_init, Mapping):
         check_names("kernel_init", kernel_init, all_dims)
-        return {**inits, **kernel_init}
-    if not callable(kernel_init):
+        given = dict(kernel_init)
+    else:
+        given = {name: kernel_init for name, dims in all_dims.items() if _matrix(dims)}
+    if not all(callable(init) for init in given.values()):
         raise TypeError(
             "kernel_init must be None, an initializer, or a mapping to these from parameters' "
             f"names; got {kernel_init!r}."
         )
-    return {name: kernel_init if _matrix(all_dims[name]) else init for name, init in inits.items()}
+    return {**inits, **given}
 
 
 def _default_init(dims: tuple[str | int, ...]) -> Initializer:
