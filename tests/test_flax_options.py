@@ -116,19 +116,36 @@ def test_a_share_drains_a_device():
     assert 1.3 < float(drained[1]["rank_load_max_over_mean"]) < 1.4
 
 
-def test_parameters_are_drawn_by_kernel_init():
-    ones = jax.nn.initializers.ones
-    layer = MoE(
-        HIDDEN,
-        FFN_HIDDEN,
-        NUM_EXPERTS,
-        NUM_TOPK,
-        kernel_init=ones,
-        rngs=nnx.Rngs(0),
-        **MODELS["gpt_oss"],
-    )
+def test_matrices_are_drawn_by_kernel_init():
+    """The router's and the shared expert's, too; biases begin as zero, as in Flax's own layers."""
+    options = {"kernel_init": jax.nn.initializers.ones, "shared_hidden": 4, **MODELS["gpt_oss"]}
+    layer = MoE(HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK, rngs=nnx.Rngs(0), **options)
     for name, value in parameters(layer).items():
-        np.testing.assert_array_equal(value, 1, err_msg=name)
+        is_bias = "b_" in name or "bias" in name
+        np.testing.assert_array_equal(value, 0 if is_bias else 1, err_msg=name)
+
+
+def test_parameters_are_drawn_by_name():
+    """What is not named is drawn as if nothing were."""
+    inits = {"w_down": jax.nn.initializers.zeros, "b_up": jax.nn.initializers.constant(3)}
+    options = {"shared_hidden": 4, **MODELS["gpt_oss"]}
+    plain, named = (
+        parameters(
+            MoE(
+                HIDDEN,
+                FFN_HIDDEN,
+                NUM_EXPERTS,
+                NUM_TOPK,
+                kernel_init=kernel_init,
+                rngs=nnx.Rngs(0),
+                **options,
+            )
+        )
+        for kernel_init in (None, inits)
+    )
+    for name, value in plain.items():
+        want = {"w_down": 0, "b_up": 3}.get(name, value)
+        np.testing.assert_array_equal(named[name], want, err_msg=name)
 
 
 def test_initial_scale_of_what_is_no_plain_matrix():
@@ -166,6 +183,17 @@ class WrongDims(NoDims):
         (ValueError, "num_zero_experts must be at least 0", {"num_zero_experts": -1}),
         (ValueError, "latent_hidden must be", {"latent_hidden": 0}),
         (ValueError, "weigh must be one of", {"weigh": "rows"}),
+        (
+            TypeError,
+            "kernel_init must be None, an initializer, or a mapping to these .*; got 0.02",
+            {"kernel_init": 0.02},
+        ),
+        (TypeError, "kernel_init must be None.*; got {'w_up': 1}", {"kernel_init": {"w_up": 1}}),
+        (
+            ValueError,
+            r"kernel_init must name parameters of this layer, \('router_kernel', .*; got 'bias'",
+            {"kernel_init": {"bias": jax.nn.initializers.ones}},
+        ),
         (ValueError, "must name different axes", {"tensor_axis": "expert"}),
         (
             ValueError,

@@ -8,4 +8,4 @@ except ModuleNotFoundError as error:
     ) from error
 
 from jax_ep.flax._layer import MoE as MoE
-from jax_ep.flax._layer import RouterBias as RouterBias
+from jax_ep.flax._variables import RouterBias as RouterBias

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Num
 
 from jax_ep.flax._config import Config, token_axes
 from jax_ep.flax._inputs import Inputs
-from jax_ep.flax._parameters import Weights, specs_of
+from jax_ep.flax._out_sharding import check_out_sharding
+from jax_ep.flax._parameters import Weights
 from jax_ep.flax._placement import check_placement
 from jax_ep.flax._shard import TokenArrays, apply_shard
+from jax_ep.flax._storage import specs_of
 
 Aux = dict[str, Num[Array, "..."]]
 
@@ -26,11 +28,12 @@ def apply(
     """Applies the layer over the mesh in context; returns the output and the auxiliary scalars.
 
     Raises:
-      ValueError: the mesh does not suit the layer, as ``token_axes`` says, or not its arrays, as
-        ``check_placement`` says.
+      ValueError: the mesh does not suit the layer, as ``token_axes`` and ``check_out_sharding``
+        say, or not its arrays, as ``check_placement`` says.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = token_axes(config, mesh)
+    check_out_sharding(config, mesh)
     check_placement(mesh, weights, inputs.x)
     return _apply(config, axes, weights, inputs)
 

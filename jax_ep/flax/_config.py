@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jax_ep._balance import check_slack
 from jax_ep._checks import check_count, check_one_of, check_positive
@@ -39,6 +40,7 @@ class Config:
     axis_name: AxisName
     tensor_axis: str | None
     fsdp_axis: AxisName
+    out_sharding: tuple[tuple[str, P], ...]
     ranks_per_node: int
     num_spares: int
     slack: float

@@ -1,11 +1,12 @@
 """``MoE``: the expert layer as an ``nnx.Module``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jax_ep._moe import Weigh
@@ -15,12 +16,10 @@ from jax_ep.experts import Experts
 from jax_ep.flax._apply import Aux, apply
 from jax_ep.flax._config import Config, RouterName, resolve_router, token_axes
 from jax_ep.flax._inputs import Inputs, check_inputs, check_routed
-from jax_ep.flax._parameters import default_init, dims_of, shape_of, specs_of, with_dims
+from jax_ep.flax._out_sharding import check_out_sharding, resolve_out_sharding
+from jax_ep.flax._parameters import dims_of, with_dims
+from jax_ep.flax._variables import KernelInit, RouterBias, make_variables
 from jax_ep.routing import Router
-
-
-class RouterBias(nnx.Variable):
-    """The bias of a router that has one: state, but no ``nnx.Param``: no optimizer trains it."""
 
 
 class MoE(nnx.Module):
@@ -106,6 +105,7 @@ class MoE(nnx.Module):
         axis_name: AxisName = "expert",
         tensor_axis: str | None = None,
         fsdp_axis: AxisName = None,
+        out_sharding: Mapping[str, P | tuple[Any, ...]] | None = None,
         ranks_per_node: int = 1,
         num_spares: int = 0,
         slack: float = 0.0,
@@ -116,7 +116,7 @@ class MoE(nnx.Module):
         wire_dtype: jax.typing.DTypeLike | None = None,
         wire_cotangents: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: jax.nn.initializers.Initializer | None = None,
+        kernel_init: KernelInit | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         """Makes the layer's parameters.
@@ -149,6 +149,9 @@ class MoE(nnx.Module):
           fsdp_axis: the mesh axis, or axes, that experts' parameters are stored over besides, by
             their ``hidden``: each device gathers them when it needs them, and gradients come back
             as they are stored, by a reduce-scatter.
+          out_sharding: where parameters are stored that are named here, whatever ``fsdp_axis``
+            says: by mesh axes, or by logical ones, as ``nnx.logical_axis_rules`` in context has
+            them; gathered and returned likewise. ``docs/layer.md`` says what it may hold.
           ranks_per_node: how many devices along ``axis_name`` are on a node, as for ``make_plan``;
             without a mesh there is one rank and one node.
           num_spares: how many busy experts each device along ``axis_name`` can borrow for a step,
@@ -165,14 +168,16 @@ class MoE(nnx.Module):
             ``"float8_e5m2"``: see ``jax_ep.wire``; None for ``dtype``.
           wire_cotangents: likewise for the cotangents of the result.
           param_dtype: dtype of the parameters.
-          kernel_init: draws a parameter, given a key, its shape and dtype; None for LeCun's normal
-            for each expert's matrices and zero for biases.
+          kernel_init: draws matrices, given a key, a shape, the axis of experts included, and a
+            dtype; or a mapping to such from parameters' names. What it does not draw is LeCun's
+            normal for each expert's matrices, and zero for biases.
           rngs: ``params`` draws the initial parameters.
 
         Raises:
-          TypeError: a size is not an int, or ``router`` or ``experts`` is none.
-          ValueError: a size or an option is out of range, or the mesh in context lacks an axis, or
-            its size does not divide what is cut over it or is no multiple of ``ranks_per_node``.
+          TypeError: a size is not an int, or an option is not what it has to be.
+          ValueError: a size or an option is out of range, or names no parameter, or the mesh in
+            context lacks an axis, or its size does not divide what is cut over it or is no multiple
+            of ``ranks_per_node``; or a spec would have parts of a parameter change places.
         """
         network = with_dims(resolve_experts(experts))
         self.config = Config(
@@ -191,6 +196,7 @@ class MoE(nnx.Module):
             axis_name=axis_name,
             tensor_axis=tensor_axis,
             fsdp_axis=fsdp_axis,
+            out_sharding=resolve_out_sharding(out_sharding),
             ranks_per_node=ranks_per_node,
             num_spares=num_spares,
             slack=slack,
@@ -202,16 +208,12 @@ class MoE(nnx.Module):
             wire_cotangents=None if wire_cotangents is None else jnp.dtype(wire_cotangents).name,
         )
         self.router = router if callable(router) and self.config.router is None else None
-        on_mesh = bool(token_axes(self.config, jax.sharding.get_abstract_mesh()))
-        specs = specs_of(self.config)
-        for name, dims in dims_of(self.config).items():
-            init = default_init(dims) if kernel_init is None else kernel_init
-            value = init(rngs.params(), shape_of(self.config, dims), param_dtype)
-            # Without a mesh Flax refuses the annotation.
-            sharded: dict[str, Any] = {"out_sharding": specs[name]} if on_mesh else {}
-            setattr(self, name, nnx.Param(value, **sharded))
-        if self.config.router is not None and self.config.router.has_bias:
-            self.router_bias = RouterBias(jnp.zeros(self.config.num_choosable, jnp.float32))
+        mesh = jax.sharding.get_abstract_mesh()
+        token_axes(self.config, mesh)
+        check_out_sharding(self.config, mesh)
+        variables = make_variables(self.config, kernel_init, param_dtype, rngs)
+        for name, variable in variables.items():
+            setattr(self, name, variable)
 
     def __call__(
         self,

@@ -16,7 +16,8 @@ from jax_ep._plan import Plan
 from jax_ep._types import DROPPED
 from jax_ep.flax._config import Config
 from jax_ep.flax._metrics import global_metrics
-from jax_ep.flax._parameters import SHARED, Weights, on_this_device
+from jax_ep.flax._parameters import SHARED, Weights
+from jax_ep.flax._storage import on_this_device
 
 
 class TokenArrays(NamedTuple):
