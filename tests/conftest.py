@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=({1}, 1),
         metavar="I,J/N",
         help="deal what each test is parametrized with into N parts, the same ones in every run, "
-        "and run parts I and J, or all of a test that has fewer; whoever is marked 'once' runs",
+        "and run parts I and J, or all of a test that has fewer, unless it is marked 'long'",
     )
 
 
@@ -76,10 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves what ``--parts`` takes of each test."""
     chosen, number = config.option.parts
     by_test = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("once") is None:
-            by_test[item.nodeid.partition("[")[0]].append(item)
     left_out = set()
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            by_test[item.nodeid.partition("[")[0]].append(item)
+        elif _hash(item) % number + 1 not in chosen:
+            left_out.add(item)
     for tests in by_test.values():
         if len(tests) >= number:
             # By names: in their order a part could miss a row of the table altogether.
@@ -90,12 +92,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks what runs pure JAX, by the row or the name that the test is given."""
+    """Marks what starts processes, and what runs pure JAX, by the row or the name it is given."""
+    if item.path.parent.name == "multiprocess":
+        item.add_marker(pytest.mark.long)
     callspec = getattr(item, "callspec", None)
     if callspec and any(map(_is_pure_jax, callspec.params.values())):
         item.add_marker(pytest.mark.xla)
         if item.get_closest_marker("composes") is not None:
-            item.add_marker(pytest.mark.once)
+            item.add_marker(pytest.mark.long)
 
 
 def _is_pure_jax(value: object) -> bool:

@@ -83,7 +83,7 @@ def test_made_in_one_vmap_on_each_fabric(row: Row) -> None:
     same(program(row, inside, plainly)(*args), want)
 
 
-@pytest.mark.once
+@pytest.mark.long
 @pytest.mark.parametrize("place", [inside, outside])
 def test_many_routings(row: Row, place: Program) -> None:
     if row.implementation != "native":

@@ -191,7 +191,7 @@ def complaint(f: Callable[..., Any], *args: Any) -> str | None:
     return None
 
 
-@pytest.mark.once
+@pytest.mark.long
 @pytest.mark.usefixtures("short_wait")
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_private_arrays_altered(victim: Victim, use: Callable[..., Any]) -> None:

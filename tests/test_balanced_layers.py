@@ -91,6 +91,7 @@ def test_slack_lends_less():
     assert float(aux["rank_load_max_over_mean"]) == 4.0
 
 
+@pytest.mark.long
 def test_in_a_scan_of_remat(implementation):
     """Layers in a loop, computed again for the gradient: copies go out and come back each time."""
     x, dout = (jnp.asarray(a) for a in inputs())

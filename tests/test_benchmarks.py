@@ -11,6 +11,8 @@ import pytest
 from benchmark_scripts import BENCHMARKS, records_of, run
 from implementations import require
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("absl", reason="the benchmarks need the extra 'examples'")
 
 
@@ -111,7 +113,6 @@ def test_without_reports_it_says_what_makes_them(tmp_path):
     assert "run `make cuda` first" in done.stderr
 
 
-@pytest.mark.once
 def test_it_runs_and_records_every_contender():
     require("native")
     done = run("bench_gpu.py", "--quick", "--shapes=wide-decode", "--shapes=wide")
@@ -133,7 +134,6 @@ def test_it_runs_and_records_every_contender():
     assert ("wide-decode", "plan + dispatch + combine, us: native, L2 cold in between") in reached
 
 
-@pytest.mark.once
 def test_the_mesh_benchmark_runs_on_devices_of_the_cpu():
     require("native")
     options = ("--cpu_devices=8", "--quick", "--repeats=2", "--batch=2", "--shapes=wide-decode")
@@ -146,7 +146,6 @@ def test_the_mesh_benchmark_runs_on_devices_of_the_cpu():
     assert 2 * each_way["native: dispatch"] == each_way["xla: all three"] > 0
 
 
-@pytest.mark.once
 def test_stacked_ranks_are_timed_and_what_many_hold_is_said():
     require("native")
     _, *records = records_of(run("bench_scale.py", "--quick"))
@@ -162,7 +161,6 @@ def test_stacked_ranks_are_timed_and_what_many_hold_is_said():
         assert 1 < record["temporary_bytes"] / record["round_bytes"] < 2
 
 
-@pytest.mark.once
 def test_processes_are_timed_and_the_bytes_between_hosts_counted():
     require("native")
     _, *records = records_of(run("bench_processes.py", "--quick"))
@@ -175,7 +173,6 @@ def test_processes_are_timed_and_the_bytes_between_hosts_counted():
     assert 0.5 < in_rounds / by_xla < 0.6
 
 
-@pytest.mark.once
 def test_a_step_of_decoding_is_timed_beside_three_meetings():
     require("native")
     done = run("bench_decode.py", "--quick")
@@ -186,7 +183,6 @@ def test_a_step_of_decoding_is_timed_beside_three_meetings():
     assert re.search(r"combine / three meetings: \d+\.\d\d; goal <= 1.5: ", done.stdout)
 
 
-@pytest.mark.once
 def test_placements_are_played_through_traces():
     _, *records = records_of(run("bench_placement.py", "--quick", "--tokens=64"))
     assert [record["num_ranks"] for record in records] == [8] * 3
@@ -196,7 +192,6 @@ def test_placements_are_played_through_traces():
     assert records[0]["moved_a_rank_and_step"] == 0 < records[1]["moved_a_rank_and_step"]
 
 
-@pytest.mark.once
 def test_own_parts_of_plans_are_timed():
     require("native")
     _, *records = records_of(run("bench_own_plan.py", "--quick"))
@@ -204,7 +199,6 @@ def test_own_parts_of_plans_are_timed():
     assert len({record["from"] for record in records}) == 3
 
 
-@pytest.mark.once
 def test_what_recording_costs_is_timed():
     require("native")
     _, *records = records_of(run("bench_record.py", "--quick"))
@@ -212,7 +206,6 @@ def test_what_recording_costs_is_timed():
     assert all(record["on_ms"] > 0 for record in records)
 
 
-@pytest.mark.once
 def test_what_balancing_leaves_is_counted():
     _, *records = records_of(run("bench_balance.py", "--quick"))
     assert len(records) == 4 * 4 * 5
@@ -221,7 +214,6 @@ def test_what_balancing_leaves_is_counted():
     assert {r["after_median"] for r in two if r["exponent"] == 0.65} == {1.0}
 
 
-@pytest.mark.once
 def test_a_layer_is_timed_in_every_way(tmp_path):
     require("native")
     picture = tmp_path / "layer.png"

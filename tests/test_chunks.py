@@ -49,6 +49,7 @@ def test_chunks_change_no_bit(layer_row: Row, unroll: bool):
     np.testing.assert_array_equal(cut_grads[1], grads[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axes", [(), {"data": 2, "expert": 4}], ids=["no_mesh", "mesh"])
 def test_the_flax_layer_in_chunks_is_the_dense_formula(axes):
     """Of 15 tokens no device has a multiple of 3: padding makes it one."""

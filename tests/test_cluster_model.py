@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from benchmark_scripts import BENCHMARKS, run_python
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("absl", reason="the benchmarks need the extra 'examples'")
 
 

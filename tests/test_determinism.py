@@ -56,6 +56,7 @@ def digest(program, inputs: list[tuple[np.ndarray, ...]]) -> str:
     return sha.hexdigest()
 
 
+@pytest.mark.long
 def test_one_hash(implementation: str) -> None:
     """Several runs of a hundred routings, in ``shard_map`` and under ``vmap``."""
     # As it is used: with all of the compiler's optimizations.

@@ -27,7 +27,7 @@ from implementations import require
 
 import jax_ep.flax
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("standard_promotion")]
 
 
 @pytest.fixture(scope="module")

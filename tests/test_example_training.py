@@ -23,7 +23,7 @@ from example import (
 )
 from flax import nnx
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("standard_promotion")]
 
 SIGMOID = architectures.ROUTERS["sigmoid"]
 

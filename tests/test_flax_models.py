@@ -33,6 +33,7 @@ def test_other_meshes(mesh, model):
         check_against_dense(make_layer(model, **options), model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["gpt_oss", "nemotron"])
 @pytest.mark.parametrize("mesh", ["tensor", "fsdp"])
 def test_parameters_cut_over_one_axis_more(mesh, model):

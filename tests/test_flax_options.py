@@ -40,6 +40,7 @@ class TableRouter(nnx.Module):
         return topk_idx.astype(jnp.int32), weights, {"router_loss": jnp.float32(5)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_router_that_is_called(kind):
     x, dout = inputs()
@@ -102,6 +103,7 @@ def test_zero_experts_count_among_the_choices():
     assert aux["dropped_by_choice"].tolist() == [0.0] * NUM_TOPK
 
 
+@pytest.mark.long
 def test_a_share_drains_a_device():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, HIDDEN)), jnp.float32)
     with on(AxisType.Auto, {"expert": 4}):

@@ -62,6 +62,7 @@ class Tower(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", [False, True])
 def test_two_layers_train_and_sow(remat):
     def loss(model, x):
@@ -131,6 +132,7 @@ def test_loads_of_ranks_and_drops_by_choice(chunks):
     assert aux["dropped_by_choice"].tolist() == [0.0, 1.0]
 
 
+@pytest.mark.long
 def test_losses_can_be_trained_on_through_capture():
     """The router's gradients from sown losses are those of the losses themselves."""
     x = jnp.asarray(inputs()[0])
@@ -151,6 +153,7 @@ def test_losses_can_be_trained_on_through_capture():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_linen():
     x = jnp.asarray(inputs()[0])
     arguments = (HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK)
@@ -180,6 +183,7 @@ class LinenBlock(nn.Module):
         return x + linen_layer(name="moe")(x), None
 
 
+@pytest.mark.long
 def test_linen_in_a_scan_of_remat():
     """As a loop over layers that keeps all: outputs, gradients, and where parameters are."""
     kept = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}

@@ -19,6 +19,8 @@ from strategies import Shape
 
 import jax_ep
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -58,7 +60,6 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
         check(case, collections.Counter())
 
 
-@pytest.mark.once
 def test_a_few_seconds_of_it() -> None:
     require("native")
     child = subprocess.run(

@@ -169,6 +169,7 @@ def test_it_is_linear_in_rows_and_in_weights():
         assert_trees_close(got, jax.linear_transpose(partial(linear, matmul=dense), x)(out))
 
 
+@pytest.mark.long
 def test_without_compilation():
     primals, tangents = operands(), operands(1)
     with jax.disable_jit():

@@ -178,6 +178,7 @@ def test_trees_and_layers_in_turn() -> None:
         np.testing.assert_array_equal(program(x, topk_idx)[name], want[name], err_msg=name)
 
 
+@pytest.mark.long
 def test_a_bad_plan_on_one_rank_keeps_nobody_waiting() -> None:
     """What is no index is left out, as on one level: the others get what is theirs."""
     x, topk_idx = np.ones((R, T, H), np.float32), routing()

@@ -113,6 +113,7 @@ def test_exchanges_over_them(row: Row, shape: Shape) -> None:
     result.same_rows("drows")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_groups_go_different_ways(kind: AxisType) -> None:
     """In one of them rows run out, in the other they do not: nobody hangs."""

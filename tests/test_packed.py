@@ -85,6 +85,7 @@ def operands() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(R, T, H)).astype(np.float32), topk_idx
 
 
+@pytest.mark.long
 def test_rows_go_to_their_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices are gathered, and no tokens."""
     take_for_unknown(monkeypatch)

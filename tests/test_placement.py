@@ -71,6 +71,7 @@ def test_many_choices_are_taken_in_turn(num_tokens):
     np.testing.assert_array_equal(got, want[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_copies_are_asked_for_alike_if_all_ranks_ask_alike(ranks_per_node):
     """Whichever are taken for being near: none gets more than another but by what is left over."""
@@ -96,6 +97,7 @@ def test_a_rank_that_asks_more_for_what_it_has_keeps_it():
     assert np.ravel(slots[0]).tolist() == [0] * 10
 
 
+@pytest.mark.long
 def test_what_is_not_routed_stays_so():
     """An index past the experts would name a slot, as there are more slots than experts."""
     placement = jax_ep.Placement.of([0, 1, 0, 1], 2)

@@ -43,6 +43,7 @@ def test_block_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed.getvalue().splitlines() == promised
 
 
+@pytest.mark.long
 def test_the_block_of_several_processes_runs_in_two(tmp_path: pathlib.Path) -> None:
     require("native")
     (block,) = (block for block in BLOCKS if "initialize" in block)

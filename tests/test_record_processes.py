@@ -6,12 +6,15 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 from implementations import over_devices, require
 from test_record import DELAY, SLOW, TURNS, R, T, args, late_layer, named_slow, on_cpu
 from traces import MS, part, trace
 
 import jax_ep
 from jax_ep.testing import multiprocess
+
+pytestmark = pytest.mark.long
 
 
 @on_cpu

@@ -19,6 +19,8 @@ from jax_ep._picture import save_picture
 from jax_ep._report import report, save_timeline
 from jax_ep._verdicts import verdicts
 
+pytestmark = pytest.mark.long
+
 R, CALLS = 4, 40
 NOISE = np.random.default_rng(0).exponential(MS / 10, (CALLS, R)).astype(np.int64)
 

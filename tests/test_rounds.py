@@ -132,6 +132,7 @@ def test_rounds_after_the_first_are_smaller() -> None:
         assert dataclasses.replace(wire, room=room).after_the_first().room == smaller
 
 
+@pytest.mark.long
 def test_what_a_round_takes_over_the_wire() -> None:
     """No rank gets all ranks' tokens; rows cross once for each rank that wants them."""
 
@@ -156,6 +157,7 @@ def test_what_a_round_takes_over_the_wire() -> None:
     program(x, plan)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(EMULATED is not None, reason="XLA:CPU cuts up what XLA:GPU sends as it is")
 def test_memory_grows_with_rounds_and_not_with_ranks() -> None:
     """Dispatch and combine hold two rounds' rows, and what XLA copies once more."""

@@ -174,6 +174,7 @@ def test_router_z_loss():
     np.testing.assert_allclose(got, squares[where].mean(), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_losses_over_several_axes_are_those_of_all_tokens():
     """Value and gradient, with ranks whose tokens do not all count."""
     mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -197,6 +198,7 @@ def test_losses_over_several_axes_are_those_of_all_tokens():
     assert np.any(np.asarray(dwant))
 
 
+@pytest.mark.long
 def test_update_router_bias_evens_out_the_load():
     logits = random_logits((512, 8)) - 2 + jnp.linspace(-2, 2, 8)
     bias = jnp.zeros(8, jnp.bfloat16)

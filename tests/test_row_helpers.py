@@ -25,7 +25,7 @@ import jax_ep
         if row.fabric is VMAP or (row.serves(case.shape.num_ranks) and case.shape == TIGHT)
     ],
 )
-@pytest.mark.once
+@pytest.mark.long
 def test_experts_and_sources(row: Row, case: Case) -> None:
     def per_rank(topk_idx: jax.Array) -> tuple[jax.Array, jax_ep.RowSources]:
         plan = make_plan(row, case.shape, topk_idx)
@@ -66,6 +66,7 @@ def _origins(plan: oracle.Plan) -> tuple[np.ndarray, ...]:
     return tuple(np.moveaxis(plan.origin[plan.named], -1, 0))
 
 
+@pytest.mark.long
 def test_scaling_rows_before_linear_experts_is_scaling_their_sum() -> None:
     rng = np.random.default_rng(0)
     topk_idx = jnp.asarray(strategies.distinct(BASE)[0])

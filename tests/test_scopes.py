@@ -58,6 +58,7 @@ def test_foreign_calls_bear_the_names_of_layer_and_function() -> None:
     assert scopes_of_calls(program(gradient)) == everything
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("differentiate", [False, True])
 def test_all_of_a_layer_bears_our_names(differentiate: bool) -> None:
     """What XLA computes for an exchange or an expert is found in profiles by them too."""

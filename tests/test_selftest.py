@@ -16,6 +16,8 @@ import jax_ep
 from jax_ep import __main__, _fabrics, _selftest
 from jax_ep.testing import MultiprocessFailure
 
+pytestmark = pytest.mark.long
+
 CHECKS = (
     "carried as it should be",
     "make_plan",
@@ -27,7 +29,6 @@ CHECKS = (
 SHARED = _selftest.Way("shared memory", "devices")
 
 
-@pytest.mark.once
 def test_the_command_passes():
     require("native")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -19,6 +19,8 @@ from jax.experimental import serialize_executable
 import jax_ep.flax
 from jax_ep._ops import OPS
 
+pytestmark = pytest.mark.long
+
 LOAD = """
     import pathlib, pickle, sys
     import jax, jax.export

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+pytestmark = pytest.mark.long
+
 flagsaver = pytest.importorskip("absl.testing.flagsaver", reason="needs the extra 'examples'")
 
 # A program and its parts, not an installed package.

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ep.testing import MultiprocessFailure, _cluster, multiprocess
 
+pytestmark = pytest.mark.long
+
 
 def _psum_over_all_devices():
     mesh = jax.make_mesh((8,), ("expert",))

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ep.integrations.tunix import sharded_jax_ep_moe
 
+pytestmark = pytest.mark.long
+
 BATCH, LENGTH, HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK = 8, 5, 6, 4, 8, 2
 TOKENS = (BATCH, LENGTH)
 

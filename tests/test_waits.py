@@ -24,7 +24,7 @@ LIMIT = 100
 # What ends a process besides waiting, on a machine that does other things too.
 SLACK = 6
 SAID = re.compile(r"^jax_ep \w+: ranks? .* gave up, because .*$", re.MULTILINE)
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("native")]
 
 
 @pytest.fixture

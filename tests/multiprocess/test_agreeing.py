@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep.testing import multiprocess
 
-pytestmark = pytest.mark.once
-
 Program = Callable[..., jax.Array]
 
 

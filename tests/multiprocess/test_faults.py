@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep.testing import kill, multiprocess
 
-pytestmark = pytest.mark.once
-
 T, E_PER_RANK, K, H = 8, 2, 2, 16
 WAIT = 1.5
 # A process with one device gets some of XLA's errors as the latter.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 from implementations import require
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -13,8 +12,6 @@ from meshes import flat_answers, flat_args, layer_on, put
 
 from jax_ep import _processes
 from jax_ep.testing import multiprocess
-
-pytestmark = pytest.mark.once
 
 SPEC = P(("data", "expert"))
 R = SHAPE.num_ranks

@@ -6,7 +6,6 @@ import os
 import time
 
 import jax
-import pytest
 import test_meshes
 import test_replicated_operands
 import test_transforms
@@ -24,7 +23,6 @@ def _part_hosts() -> None:
     _processes._host = lambda: [f"host {jax.process_index()}"]
 
 
-@pytest.mark.once
 @multiprocess(2, 4, timeout=300)
 def test_meshes_of_every_kind() -> None:
     _part_hosts()
@@ -39,7 +37,6 @@ def test_meshes_of_every_kind() -> None:
     test_meshes.test_mesh_from_the_context("native")
 
 
-@pytest.mark.once
 @multiprocess(2, 2, timeout=300)
 def test_transformations() -> None:
     _part_hosts()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 from implementations import AXIS, require
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_ep
 from jax_ep import _processes
 from jax_ep.testing import multiprocess, zipf_routing
-
-pytestmark = pytest.mark.once
 
 R, T, K, E, X, H = 4, 16, 4, 16, 2, 33
 

@@ -7,7 +7,6 @@ import re
 
 import jax
 import numpy as np
-import pytest
 from implementations import AXIS, require
 from jax.sharding import AxisType, PartitionSpec
 from test_faults import first_error
@@ -15,8 +14,6 @@ from test_faults import first_error
 import jax_ep
 from jax_ep import _owned_plan, _processes
 from jax_ep.testing import kill, multiprocess, uniform_routing
-
-pytestmark = pytest.mark.once
 
 R, T, K, E, H = 8, 24, 4, 16, 33
 PER_NODE = 4

@@ -8,15 +8,12 @@ import time
 
 import jax
 import numpy as np
-import pytest
 from implementations import EMULATED, require
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep.testing import decode_origin, encode_origin, multiprocess
-
-pytestmark = pytest.mark.once
 
 CALLS = 900 if EMULATED else 20_000  # of make_plan, dispatch and combine together
 TURNS = 50  # of each in one run of a program

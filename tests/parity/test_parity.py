@@ -52,7 +52,7 @@ PROGRAMS = [
         name,
         ELSEWHERE.get(name, "data_expert"),
         "native",
-        marks=() if name in VARIED else pytest.mark.once,
+        marks=() if name in VARIED else pytest.mark.long,
     )
     for name in NAMES
 ] + [("llama4_text", "expert", "xla")]
