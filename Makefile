@@ -24,7 +24,7 @@ clang_tidy = $(RUN) $(BIN)/run-clang-tidy.py -quiet -p $(1) -clang-tidy-binary $
   > $(1)/clang-tidy.log 2>&1 || { cat $(1)/clang-tidy.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test arm-test maxtext-test protocol cuda docs wheel bench clean
+.PHONY: help demo serve test lint lint-lengths lint-python lint-native-format lint-native format native-test emulated-test arm-test trainers-test protocol cuda docs wheel bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -90,12 +90,12 @@ arm-test: FORCE $(PACKAGE) $(TOOLS) $(WHEEL_TOOLS) ## run the C++ tests on an em
 	$(BIN)/ctest --test-dir build/native-arm --output-on-failure --no-tests=error --timeout 300 \
 	  --exclude-regex '^(cores|host_connecting|shared_file)_test$$'
 
-# MaxText asks for Python 3.12.
-MAXTEXT_PYTHON ?= python3.12
-MAXTEXT := build/maxtext-venv
+# MaxText and Levanter ask for Python 3.12.
+TRAINERS_PYTHON ?= python3.12
+TRAINERS := build/trainers-venv
 
-maxtext-test: $(PACKAGE) $(MAXTEXT)/.installed ## run the tests with MaxText (needs Python 3.12 or later; takes 0.9 GB)
-	PYTHONPATH=$(CURDIR) $(MAXTEXT)/bin/python -m pytest tests/with_maxtext $(PYTEST_ARGS)
+trainers-test: $(PACKAGE) $(TRAINERS)/.installed ## run the tests with MaxText, Tunix and Levanter (needs Python 3.12 or later; takes 1 GB)
+	PYTHONPATH=$(CURDIR) $(TRAINERS)/bin/python -m pytest tests/with_trainers $(PYTEST_ARGS)
 
 protocol: ## have spin check the model of the protocol between processes (needs spin and gcc)
 	docs/protocol/check build/protocol
@@ -145,8 +145,8 @@ $(WHEEL_TOOLS): pyproject.toml
 	$(call install_extra,$(@D),wheel)
 	touch $@
 
-$(MAXTEXT)/.installed: tests/with_maxtext/requirements.txt
-	$(MAXTEXT_PYTHON) -m venv --clear $(@D)
+$(TRAINERS)/.installed: tests/with_trainers/requirements.txt
+	$(TRAINERS_PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-compile --requirement $<
 	touch $@
 

@@ -1,10 +1,10 @@
 """Trains a small Mixtral by MaxText's own training loop, whose experts exchange tokens by jax_ep.
 
-Runs on eight CPU devices, with what ``make maxtext-test`` installs; settings of MaxText's may be
+Runs on eight CPU devices, with what ``make trainers-test`` installs; settings of MaxText's may be
 given, and replace those here::
 
-    PYTHONPATH=. build/maxtext-venv/bin/python examples/maxtext_train.py
-    PYTHONPATH=. build/maxtext-venv/bin/python examples/maxtext_train.py model_name=qwen3-30b-a3b
+    PYTHONPATH=. build/trainers-venv/bin/python examples/maxtext_train.py
+    PYTHONPATH=. build/trainers-venv/bin/python examples/maxtext_train.py model_name=qwen3-30b-a3b
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of the integration with MaxText needs no MaxText; ``tests/with_maxtext`` has the rest."""
+"""What of the integration with MaxText needs no MaxText; ``tests/with_trainers`` has the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import types
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_ep.integrations._maxtext_config import check_served, find_places
+from jax_ep.integrations._maxtext_config import check_served, find_places, tile_sizes
 
 ASKS_NOTHING = {
     "moe_quantize_token_all_gather": False,
@@ -17,7 +17,6 @@ ASKS_NOTHING = {
     "moe_dropless_fallback": None,
     "defer_small_all_reduces": False,
     "attention": "dot_product",
-    "quantization": "",
 }
 
 
@@ -87,16 +86,23 @@ def test_what_would_be_left_out_is_refused(name, value):
     with pytest.raises(
         NotImplementedError, match=f"does not serve {name}; got .*{value!r}.*uninstall"
     ):
-        check_served(config, is_quantised=False)
-
-
-def test_quantised_experts_are_refused():
-    config = types.SimpleNamespace(**{**ASKS_NOTHING, "quantization": "int8"})
-    with pytest.raises(NotImplementedError, match="does not serve quantization; got .*'int8'"):
-        check_served(config, is_quantised=True)
+        check_served(config)
 
 
 def test_what_is_served_is_not_refused():
-    check_served(types.SimpleNamespace(**ASKS_NOTHING), is_quantised=False)
+    check_served(types.SimpleNamespace(**ASKS_NOTHING))
     after_a_step = types.SimpleNamespace(**{**ASKS_NOTHING, "moe_dropless_fallback": "step"})
-    check_served(after_a_step, is_quantised=False)
+    check_served(after_a_step)
+
+
+@pytest.mark.parametrize("is_eval", [False, True])
+def test_tiles_are_in_the_order_of_maxtexts_kernels(is_eval):
+    sides = ("wi_tile_fwd", "eval_wi_tile_fwd", "wi_tile_dlhs", "wi_tile_drhs", "wo_tile_drhs")
+    dims = ("batch_seq", "embed_dim", "mlp_dim")
+    names = {f"{side}_{dim}": f"{side}_{dim}" for side in sides for dim in dims}
+    tiles = tile_sizes(types.SimpleNamespace(**names), "wi", is_eval)
+    forward = "eval_wi_tile_fwd" if is_eval else "wi_tile_fwd"
+    assert tiles[:3] == tuple(f"{forward}_{dim}" for dim in dims)
+    backward = ("batch_seq", "mlp_dim", "embed_dim")  # of what the first product contracts
+    assert tiles[3:6] == tuple(f"wi_tile_dlhs_{dim}" for dim in backward)
+    assert tiles[6:] == tuple(f"wi_tile_drhs_{dim}" for dim in dims)

@@ -85,18 +85,38 @@ def _resolve(layer: Any, *names: str | None) -> list[Axes]:
     return [(part,) if isinstance(part, str) else tuple(part) for part in axes]
 
 
-def check_served(config: Any, is_quantised: bool) -> None:
+def tile_sizes(config: Any, whose: str, is_eval: bool) -> tuple[int, ...]:
+    """Returns the tiles of a product and of its gradients, in the order of MaxText's kernels.
+
+    Args:
+      config: MaxText's configuration.
+      whose: "wi" for a product with the gates or what is gated, "wo" for the one after.
+      is_eval: whether the forward pass has tiles of its own.
+    """
+    inner, outer = ("embed_dim", "mlp_dim") if whose == "wi" else ("mlp_dim", "embed_dim")
+    forward = f"eval_{whose}_tile_fwd" if is_eval else f"{whose}_tile_fwd"
+    sides = {
+        forward: (inner, outer),
+        f"{whose}_tile_dlhs": (outer, inner),
+        f"{whose}_tile_drhs": (inner, outer),
+    }
+    return tuple(
+        getattr(config, f"{side}_{dim}")
+        for side, dims in sides.items()
+        for dim in ("batch_seq", *dims)
+    )
+
+
+def check_served(config: Any) -> None:
     """Checks that nothing is asked for that would be left out.
 
     Args:
       config: MaxText's configuration.
-      is_quantised: whether the experts' products are to be.
 
     Raises:
       NotImplementedError: something is.
     """
     needs = {
-        "quantization": is_quantised,
         "moe_quantize_token_all_gather": config.moe_quantize_token_all_gather,
         "moe_quantize_combine_bwd_method": config.moe_quantize_combine_bwd_method,
         "moe_dropless_fallback": config.moe_dropless_fallback == "layer",

@@ -1,7 +1,6 @@
 """What stands in for the method ``sparse_matmul`` of MaxText's ``RoutedMoE``."""
 
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import jax
@@ -13,12 +12,11 @@ from maxtext.layers import moe  # pyright: ignore[reportMissingImports]
 
 from jax_ep._combine import combine
 from jax_ep._dispatch import dispatch
-from jax_ep._grouped_matmul import grouped_matmul
 from jax_ep._make_plan import make_plan
 from jax_ep._rows import dispatch_weighed
 from jax_ep._types import Implementation
-from jax_ep.experts import add_bias
 from jax_ep.integrations._maxtext_config import Places, check_served, find_places
+from jax_ep.integrations._maxtext_products import Product, add_bias, find_product, plain
 
 
 def sparse_matmul(
@@ -62,7 +60,8 @@ def sparse_matmul(
       NotImplementedError: the configuration asks for what is not served.
     """
     kernels = (w0_kernel, w1_kernel, wo_kernel)
-    check_served(layer.config, _is_quantised(layer, kernels))
+    check_served(layer.config)
+    product = find_product(layer, kernels)
     places = find_places(layer, batch=inputs.shape[0])
 
     def place(array: Any, spec: P) -> Any:
@@ -85,7 +84,7 @@ def sparse_matmul(
         or layer.config.use_random_routing
     )
     out, has_overflow, load_ratios = jax.shard_map(
-        partial(_apply_experts, layer, places, is_distinct, implementation),
+        partial(_apply_experts, layer, places, product, is_distinct, implementation),
         mesh=layer.mesh,
         in_specs=specs,
         out_specs=(places.out, places.shards, places.shards),
@@ -99,6 +98,7 @@ def sparse_matmul(
 def _apply_experts(
     layer: Any,
     places: Places,
+    product: Product | None,
     is_distinct: bool,
     implementation: Implementation | None,
     x: jax.Array,
@@ -120,7 +120,8 @@ def _apply_experts(
         num_experts=layer.num_experts,
         axis_name=places.experts or None,
         capacity=_capacity(layer, topk_idx.size, is_distinct),
-        tail="uninitialized",
+        # A scale of a whole buffer would be one of what nobody has written.
+        tail="zero" if product else "uninitialized",
         implementation=implementation,
     )
     plan = _named(plan, "moe_x_sorted", "moe_routing_maps")
@@ -130,7 +131,7 @@ def _apply_experts(
     else:
         rows, outward = dispatch(x, plan), weighing
     rows = _named(rows, "moe_x_sorted")
-    rows = _feed_forward(layer, places, rows, plan.group_sizes, weights)
+    rows = _feed_forward(layer, places, product, rows, plan.group_sizes, weights)
     out = combine(rows, plan, outward).reshape(batch, length, -1)
     loads = jnp.sum(plan.expert_load.reshape(plan.num_ranks, -1), axis=1)
     ratio = jnp.max(loads).astype(jnp.float32) / topk_idx.size
@@ -140,19 +141,24 @@ def _apply_experts(
 def _feed_forward(
     layer: Any,
     places: Places,
+    product: Product | None,
     rows: jax.Array,
     group_sizes: jax.Array,
     weights: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Applies each group's expert to its rows; of the results' width a tensor rank has its part."""
     kernels, biases = weights[:3], weights[3:]
-
-    def inward(i: int, *names: str) -> jax.Array:
-        out = grouped_matmul(rows, kernels[i], group_sizes)
-        return _named(add_bias(out, biases[i], group_sizes) if biases else out, *names)
-
-    gate, up = inward(0, "mlpwi_0", "moe_mlpwi_0"), inward(1, "moe_mlpwi_1")
-    out = grouped_matmul(layer.apply_ffn_activation(gate, up), kernels[2], group_sizes)
+    if product and layer.config.prefuse_moe_weights:
+        # In one, as gradients of both then share their scales.
+        both = product(rows, jnp.concatenate(kernels[:2], axis=-1), group_sizes, "wi")
+        inner = jnp.split(both, 2, axis=-1)
+    else:
+        inner = [(product or plain)(rows, kernel, group_sizes, "wi") for kernel in kernels[:2]]
+    if biases:
+        inner = [add_bias(out, bias, group_sizes) for out, bias in zip(inner, biases, strict=False)]
+    gate, up = _named(inner[0], "mlpwi_0", "moe_mlpwi_0"), _named(inner[1], "moe_mlpwi_1")
+    out = layer.apply_ffn_activation(gate, up)
+    out = (product or plain)(out, kernels[2], group_sizes, "wo")
     if places.tensor:
         out = jax.lax.psum_scatter(out, places.tensor, scatter_dimension=1, tiled=True)
     if biases:
@@ -180,15 +186,6 @@ def _capacity(layer: Any, num_choices: int, is_distinct: bool) -> int | None:
     if getattr(layer, "force_dropless", False) or factor <= 0:
         return None if is_distinct else max(most, 1)
     return max(min(int(num_choices * factor), most), 1)
-
-
-def _is_quantised(layer: Any, kernels: tuple[object, ...]) -> bool:
-    """Says whether products are to be quantised; weights that are unpacked before are served."""
-    return (
-        not isinstance(layer.quant, (NoneType, moe.quantizations.ServeFp8WeightQuantization))
-        or not all(isinstance(kernel, jax.Array) for kernel in kernels)
-        or moe.qpl.get_current_rule("gmm") is not None
-    )
 
 
 def _log(layer: Any, has_overflow: jax.Array, load_ratios: jax.Array) -> None:

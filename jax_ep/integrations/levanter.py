@@ -1,13 +1,17 @@
 """An expert-parallel back-end for Levanter's grug MoE, in the signature that its others have.
 
 Levanter picks a function for each back-end in ``levanter/grug/_moe``: ``moe_mlp_ep_jax_ep_local``
-is one more of them, to be called inside its ``shard_map``. It was written for the interface that
-``ep_ragged_all_to_all.py`` had in marin's repository in autumn 2026; Levanter is not imported.
+is one more of them, to be called inside its ``shard_map``, and ``install`` puts it into the place
+of one. It was written for the interface of ``ep_ragged_all_to_all.py`` in autumn 2026
+(marin-levanter 0.2.227); only ``install`` imports Levanter.
 """
 
+import functools
+import importlib
+import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,9 @@ from jax_ep._dispatch import dispatch
 from jax_ep._grouped_matmul import grouped_matmul
 from jax_ep._make_plan import make_plan
 from jax_ep._types import DROPPED
+from jax_ep.integrations._replace import check_like, own, put, put_back
+
+_DISPATCHER, _REPLACED = "levanter.grug.grug_moe", "_moe_mlp_ep_ragged_a2a_local"
 
 
 class CapacityDrops(NamedTuple):
@@ -37,6 +44,35 @@ class CapacityDrops(NamedTuple):
     def dropped(self) -> Int[Array, ""]:
         """All of them."""
         return self.sender_dropped + self.receiver_dropped
+
+
+def install() -> None:
+    """Has Levanter's ``implementation="ragged_all_to_all"`` be this library's exchange.
+
+    To be called before the model is compiled, in every process. The others stay as they are, and
+    so does this one where there is no axis ``"expert"`` of several shards.
+
+    Raises:
+      ImportError: Levanter, or what it imports, is not there.
+      NotImplementedError: its back-end takes other arguments than ``moe_mlp_ep_jax_ep_local``.
+    """
+    dispatcher = importlib.import_module(_DISPATCHER)
+    original = own(dispatcher, _REPLACED)
+    known = list(inspect.signature(moe_mlp_ep_jax_ep_local).parameters)
+    check_like("Levanter", "marin-levanter", None, original, known)
+
+    @functools.wraps(original)
+    def local(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        out, drops = moe_mlp_ep_jax_ep_local(*args, **kwargs)
+        # Levanter's shard_map knows its own class by its type.
+        return out, dispatcher.CapacityDrops(**drops._asdict())
+
+    put(dispatcher, _REPLACED, local)
+
+
+def uninstall() -> None:
+    """Puts Levanter's own back-end back, if ``install`` has taken it out."""
+    put_back(importlib.import_module(_DISPATCHER), _REPLACED)
 
 
 def moe_mlp_ep_jax_ep_local(

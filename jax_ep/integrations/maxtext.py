@@ -6,14 +6,12 @@ MaxText 0.2.5, which is imported here.
 """
 
 import functools
-import importlib.metadata
 import inspect
-import warnings
-from collections.abc import Callable
 from typing import Any, Final, get_args
 
 from jax_ep._checks import check_one_of
 from jax_ep._types import Implementation
+from jax_ep.integrations._replace import check_like, own, put, put_back
 
 MADE_FOR: Final = "0.2.5"
 """The version of MaxText that this module was written for and is tested with."""
@@ -28,9 +26,6 @@ except ImportError as error:
         f"maxtext=={MADE_FOR}` does not bring: docs/trainers.md says what to install. ({error})",
         name=error.name,
     ) from error
-
-_taken_out: dict[type, Callable[..., Any]] = {}
-"""MaxText's own method, while another is in its place."""
 
 
 def install(*, implementation: Implementation | None = None) -> None:
@@ -48,43 +43,17 @@ def install(*, implementation: Implementation | None = None) -> None:
       ValueError: ``implementation`` is none of those known.
     """
     check_one_of("implementation", implementation, (None, *get_args(Implementation)))
-    uninstall()
-    original = _moe.RoutedMoE.sparse_matmul
-    _check_version(original)
+    original = own(_moe.RoutedMoE, "sparse_matmul")
+    ours = list(inspect.signature(_sparse_matmul).parameters)[1:-1]
+    check_like("MaxText", "maxtext", MADE_FOR, original, ["self", *ours])
 
     @functools.wraps(original)
     def sparse_matmul(layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         return _sparse_matmul(layer, *args, **kwargs, implementation=implementation)
 
-    _taken_out[_moe.RoutedMoE] = original
-    _moe.RoutedMoE.sparse_matmul = sparse_matmul
+    put(_moe.RoutedMoE, "sparse_matmul", sparse_matmul)
 
 
 def uninstall() -> None:
     """Puts MaxText's own method back, if ``install`` has taken it out."""
-    if _moe.RoutedMoE in _taken_out:
-        _moe.RoutedMoE.sparse_matmul = _taken_out.pop(_moe.RoutedMoE)
-
-
-def _check_version(original: Callable[..., Any]) -> None:
-    """Checks that MaxText is what this module was made for, or has a method like it.
-
-    Raises:
-      NotImplementedError: the method takes other arguments.
-    """
-    version = importlib.metadata.version("maxtext")
-    known = [
-        name for name in inspect.signature(_sparse_matmul).parameters if name != "implementation"
-    ]
-    given = list(inspect.signature(original).parameters)
-    if given[1:] != known[1:]:
-        raise NotImplementedError(
-            f"MaxText's RoutedMoE.sparse_matmul must take {known[1:]}, as in version {MADE_FOR}; "
-            f"in {version} it takes {given[1:]}."
-        )
-    if version != MADE_FOR:
-        warnings.warn(
-            f"jax_ep.integrations.maxtext was made for MaxText {MADE_FOR}, and is tested with no "
-            f"other; this is {version}.",
-            stacklevel=3,
-        )
+    put_back(_moe.RoutedMoE, "sparse_matmul")

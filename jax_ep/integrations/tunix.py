@@ -1,18 +1,94 @@
-"""The expert-parallel body of Tunix's Qwen3 layer of experts, in the signature that Tunix's has.
+"""Tunix's Qwen3 layer of experts by this library's exchange.
 
-``sharded_jax_ep_moe`` goes where ``MoELayer`` of ``tunix/models/qwen3/model.py`` has its
-``sharded_megablox_moe``, inside that layer's ``shard_map``. It was written for google-tunix 0.1.7;
-Tunix is not imported.
+``install`` has ``MoELayer`` of ``tunix/models/qwen3/model.py`` go this way. What it computes on a
+shard is ``sharded_jax_ep_moe``, in the signature of Tunix's ``sharded_megablox_moe``. Both were
+written for google-tunix 0.1.7; only ``install`` imports Tunix.
 """
+
+import functools
+import importlib
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_ep._checks import check_array, check_dtype, check_shape
 from jax_ep._layout import suggest_capacity
 from jax_ep._moe import moe
 from jax_ep._types import DROPPED, AxisName
+from jax_ep.integrations._replace import check_like, own, put, put_back
+
+MADE_FOR: Final = "0.1.7"
+"""The version of google-tunix that this module was written for and is tested with."""
+
+_MODEL = "tunix.models.qwen3.model"
+
+
+def install(*, capacity_factor: float | None = None) -> None:
+    """Has Tunix's Qwen3 layers of experts exchange tokens by this library, on CPUs too.
+
+    To be called before the model is compiled, in every process; called again, it replaces what it
+    has put there. Layers go Tunix's own way still where no mesh is in context or
+    ``use_megablox=False``.
+
+    Args:
+      capacity_factor: as for ``sharded_jax_ep_moe``.
+
+    Raises:
+      ImportError: Tunix, or what it imports, is not there.
+      NotImplementedError: Tunix's layer takes other arguments than in the version that this module
+        was made for. (Of another version that takes the same, a warning tells.)
+    """
+    model = importlib.import_module(_MODEL)
+    original = own(model.MoELayer, "__call__")
+    check_like("Tunix", "google-tunix", MADE_FOR, original, ["self", "x", "use_megablox"])
+
+    @functools.wraps(original)
+    def call(self: Any, x: jax.Array, use_megablox: bool = True) -> jax.Array:
+        mesh = model.pxla.thread_resources.env.physical_mesh
+        if not use_megablox or mesh.empty:
+            return original(self, x, use_megablox)
+        return _apply(self, mesh, capacity_factor, x)
+
+    put(model.MoELayer, "__call__", call)
+
+
+def uninstall() -> None:
+    """Puts Tunix's own method back, if ``install`` has taken it out."""
+    put_back(importlib.import_module(_MODEL).MoELayer, "__call__")
+
+
+def _apply(
+    layer: Any, mesh: jax.sharding.Mesh, capacity_factor: float | None, x: jax.Array
+) -> jax.Array:
+    """Routes as Tunix's ``MoELayer`` does, and applies its experts along its own specs."""
+    scores = jax.nn.softmax(layer.router(x).astype(jnp.float32), axis=-1)
+    weights, indices = jax.lax.top_k(scores, layer.experts_per_tok)
+    weights = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(layer.dtype)
+    specs = layer.shd_config
+    tokens, routing = P(*specs.act_btd), P(*specs.act_btd[:-1], None)
+    inward, outward = P(*specs.exp_weight_edf), P(*specs.exp_weight_efd)
+
+    def present(axis: str | None) -> str | None:
+        return axis if axis in mesh.axis_names else None
+
+    body = functools.partial(
+        sharded_jax_ep_moe,
+        num_experts=layer.num_experts,
+        ep_axis=present(specs.exp_weight_edf[0]),
+        tp_axis=present(specs.act_btd[-1]),
+        capacity_factor=capacity_factor,
+    )
+    experts = (layer.gate_proj, layer.up_proj, layer.down_proj)
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(tokens, routing, routing, inward, inward, outward),
+        out_specs=tokens,
+        check_vma=False,  # as Tunix has it
+    )(x, weights, indices, *(param[...].astype(layer.dtype) for param in experts))
 
 
 def sharded_jax_ep_moe(

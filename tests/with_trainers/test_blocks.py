@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import BATCH, LENGTH, NUM_EXPERTS, NUM_TOPK, Block, assert_close, dense, ours
+from blocks import BATCH, LENGTH, NUM_EXPERTS, NUM_TOPK, Block, dense, ours
+from compare import assert_close
 
 DEEPSEEK = ("deepseek3-671b", {"n_routing_groups": 4, "topk_routing_group": 2})
 # Where nothing is said, on fsdp 2 x expert 4.
