@@ -204,6 +204,7 @@ def test_update_router_bias_evens_out_the_load():
     bias = jnp.zeros(8, jnp.bfloat16)
     assert routing.update_router_bias(bias, jnp.arange(8), 0.1).dtype == jnp.bfloat16
 
+    @jax.jit
     def load(bias):
         return jnp.bincount(routing.sigmoid_topk(logits, bias, 2)[0].ravel(), length=8)
 
