@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 
+import flax_layers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,8 +88,7 @@ BIASES = [
 
 def make_layer(**options):
     drawn = dict.fromkeys(BIASES, waves)
-    options = EVERYTHING | {"kernel_init": drawn} | options
-    return MoE(HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK, rngs=nnx.Rngs(0), **options)
+    return flax_layers.make_layer(**(EVERYTHING | {"kernel_init": drawn} | options))
 
 
 def loss(layer, x):

@@ -125,7 +125,12 @@ def check_served(config: Any) -> None:
     }
     if asked := [name for name, is_asked in needs.items() if is_asked]:
         values = {name: getattr(config, name) for name in asked}
-        raise NotImplementedError(
-            f"jax_ep.integrations.maxtext does not serve {', '.join(asked)}; got {values}: see "
-            "docs/trainers.md, or go on with MaxText's own path by uninstall()."
-        )
+        raise NotImplementedError(not_served(f"{', '.join(asked)}; got {values}"))
+
+
+def not_served(what: str) -> str:
+    """Returns the message about what is asked for and would be left out."""
+    return (
+        f"jax_ep.integrations.maxtext does not serve {what}: see docs/trainers.md, or go on with "
+        "MaxText's own path by uninstall()."
+    )

@@ -17,7 +17,7 @@ from maxtext.utils import max_utils  # pyright: ignore[reportMissingImports]
 
 from jax_ep import experts
 from jax_ep._grouped_matmul import grouped_matmul
-from jax_ep.integrations._maxtext_config import tile_sizes
+from jax_ep.integrations._maxtext_config import not_served, tile_sizes
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, str], jax.Array]
 """Of rows, experts' matrices, group sizes, and whose tiles it has, "wi" or "wo"."""
@@ -48,11 +48,8 @@ def find_product(layer: Any, kernels: tuple[object, ...]) -> Product | None:
         "use_tokamax_gmm, which is for TPUs alone": is_quantised and config.use_tokamax_gmm,
     }
     if asked := [reason for reason, is_asked in reasons.items() if is_asked]:
-        raise NotImplementedError(
-            f"jax_ep.integrations.maxtext does not serve quantised products of {asked[0]}; got "
-            f"quantization={config.quantization!r}: see docs/trainers.md, or go on with MaxText's "
-            "own path by uninstall()."
-        )
+        what = f"quantised products of {asked[0]}; got quantization={config.quantization!r}"
+        raise NotImplementedError(not_served(what))
     if not is_quantised:
         return None
     return partial(_megablox, layer, dtypes) if op == "gmm" else partial(_ragged_dot, layer)
@@ -75,11 +72,8 @@ def _dtypes(quant: Any) -> tuple[Any, Any]:
         return dtype, dtype
     forward = getattr(getattr(quant, "quant_dg", None), "fwd", None)
     if forward is None:
-        raise NotImplementedError(
-            "jax_ep.integrations.maxtext does not serve quantised products by "
-            f"{type(quant).__name__} with what it has for quant_dg; see docs/trainers.md, or go "
-            "on with MaxText's own path by uninstall()."
-        )
+        what = f"quantised products by {type(quant).__name__} with what it has for quant_dg"
+        raise NotImplementedError(not_served(what))
     sides = forward.dg_quantizer.lhs, forward.dg_quantizer.rhs
     return tuple(side.numerics.get_dtype() for side in sides)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from installed import installed
 from maxtext.configs import pyconfig  # pyright: ignore[reportMissingImports]
 from maxtext.layers import initializers, moe, quantizations  # pyright: ignore[reportMissingImports]
 from maxtext.utils import maxtext_utils  # pyright: ignore[reportMissingImports]
@@ -128,14 +129,7 @@ class Block:
         return results, {**names, "x": grads[1]}
 
 
-@contextlib.contextmanager
-def ours(**options: Any) -> Iterator[None]:
-    """Has blocks go our way."""
-    adapter.install(**options)
-    try:
-        yield
-    finally:
-        adapter.uninstall()
+ours = functools.partial(installed, adapter)
 
 
 @contextlib.contextmanager

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import pytest
+from installed import check_put_back, check_refuses, check_warns_of_version
 from maxtext.layers import moe  # pyright: ignore[reportMissingImports]
 
 from jax_ep.integrations import maxtext as adapter
 
 OWN = moe.RoutedMoE.sparse_matmul
-
-
-@pytest.fixture(autouse=True)
-def put_back():
-    yield
-    adapter.uninstall()
-    assert moe.RoutedMoE.sparse_matmul is OWN
+put_back = check_put_back(adapter, moe.RoutedMoE, "sparse_matmul")
 
 
 def test_it_goes_in_and_out_however_often():
@@ -34,15 +27,11 @@ def test_an_unknown_implementation_is_refused():
 
 
 def test_another_version_is_warned_of(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.0")
-    with pytest.warns(UserWarning, match=r"made for MaxText 0\.2\.5.*this is 0\.3\.0"):
-        adapter.install()
+    match = r"made for MaxText 0\.2\.5.*this is 0\.3\.0"
+    check_warns_of_version(monkeypatch, adapter, "0.3.0", match)
 
 
 def test_another_method_is_refused(monkeypatch):
-    monkeypatch.setattr(moe.RoutedMoE, "sparse_matmul", lambda self, inputs, logits: None)
-    with pytest.raises(
-        NotImplementedError, match=r"must take \['self', 'inputs', 'gate_logits'.*takes"
-    ):
-        adapter.install()
-    monkeypatch.undo()
+    other = lambda self, inputs, logits: None  # noqa: E731
+    match = r"must take \['self', 'inputs', 'gate_logits'.*takes"
+    check_refuses(monkeypatch, adapter, moe.RoutedMoE, "sparse_matmul", other, match)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,15 @@ import numpy as np
 import pytest
 from compare import assert_close
 from flax import nnx
+from installed import check_put_back, check_refuses, check_warns_of_version
 from jax.sharding import AxisType
 from tunix.models.qwen3 import model  # pyright: ignore[reportMissingImports]
 
 from jax_ep.integrations import tunix as adapter
 
-OWN = model.MoELayer.__call__
 BATCH, LENGTH, HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK = 8, 6, 16, 12, 8, 2
 FSDP = model.ShardingConfig.get_default_sharding()
-
-
-@pytest.fixture(autouse=True)
-def put_back():
-    yield
-    adapter.uninstall()
-    assert model.MoELayer.__call__ is OWN
+put_back = check_put_back(adapter, model.MoELayer, "__call__")
 
 
 def over(tokens, experts):
@@ -127,13 +120,11 @@ def test_a_buffer_may_be_bounded(want):
 
 
 def test_another_version_is_warned_of(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.2.0")
-    with pytest.warns(UserWarning, match=r"made for Tunix 0\.1\.7.*this is 0\.2\.0"):
-        adapter.install()
+    match = r"made for Tunix 0\.1\.7.*this is 0\.2\.0"
+    check_warns_of_version(monkeypatch, adapter, "0.2.0", match)
 
 
 def test_another_layer_is_refused(monkeypatch):
-    monkeypatch.setattr(model.MoELayer, "__call__", lambda self, x, mask: None)
-    with pytest.raises(NotImplementedError, match=r"must take \['self', 'x', 'use_meg.*'mask'\]"):
-        adapter.install()
-    monkeypatch.undo()
+    other = lambda self, x, mask: None  # noqa: E731
+    match = r"must take \['self', 'x', 'use_meg.*'mask'\]"
+    check_refuses(monkeypatch, adapter, model.MoELayer, "__call__", other, match)

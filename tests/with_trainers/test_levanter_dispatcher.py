@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_close
+from installed import check_put_back, check_refuses, installed
 from jax.sharding import PartitionSpec as P
 from levanter.grug import grug_moe, sharding  # pyright: ignore[reportMissingImports]
 from levanter.grug._moe import common  # pyright: ignore[reportMissingImports]
+from test_levanter import NAMES
 
 from jax_ep.integrations import levanter as adapter
 
-OWN = grug_moe._moe_mlp_ep_ragged_a2a_local
 TOKENS, HIDDEN, FFN_HIDDEN, NUM_EXPERTS, NUM_TOPK = 128, 16, 12, 16, 2
-# What tests/test_levanter.py shows a remat policy to find.
-NAMES = (
-    "grug_moe_dispatch_input",
-    "grug_moe_expert_hidden",
-    "grug_moe_dispatch_output",
-    "grug_moe_output",
-)
-
-
-@pytest.fixture(autouse=True)
-def put_back():
-    yield
-    adapter.uninstall()
-    assert grug_moe._moe_mlp_ep_ragged_a2a_local is OWN
+put_back = check_put_back(adapter, grug_moe, "_moe_mlp_ep_ragged_a2a_local")
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +93,8 @@ def run(mesh, implementation, capacity_factor=16.0):
     return jax.tree.map(np.asarray, (arrays, stats))
 
 
-@contextlib.contextmanager
-def ours():
-    adapter.install()
-    yield
-    adapter.uninstall()
-
-
 def test_it_is_levanters_ring_forward_and_backward(mesh):
-    with ours():
+    with installed(adapter):
         got, stats = run(mesh, "ragged_all_to_all")
     want, want_stats = run(mesh, "ring")
     assert_close(got, want)
@@ -127,19 +106,19 @@ def test_it_is_levanters_ring_forward_and_backward(mesh):
 
 
 def test_what_finds_no_room_is_counted(mesh):
-    with ours():
+    with installed(adapter):
         _, stats = run(mesh, "ragged_all_to_all", capacity_factor=0.25)
     assert 0 < stats["routing_sender_drops"] == stats["capacity_overflow"]
     assert stats["routing_receiver_drops"] == 0
 
 
 def test_names_are_levanters():
+    """Those that tests/test_levanter.py shows a remat policy to find, for one."""
     assert adapter.CapacityDrops._fields == grug_moe.CapacityDrops._fields
     assert NAMES == common.MOE_REMAT_SAVE_NAMES
 
 
 def test_another_back_end_is_refused(monkeypatch):
-    monkeypatch.setattr(grug_moe, "_moe_mlp_ep_ragged_a2a_local", lambda x_local: None)
-    with pytest.raises(NotImplementedError, match=r"must take \['x_local', 'selected_.*takes \['x"):
-        adapter.install()
-    monkeypatch.undo()
+    other = lambda x_local: None  # noqa: E731
+    match = r"must take \['x_local', 'selected_.*takes \['x"
+    check_refuses(monkeypatch, adapter, grug_moe, "_moe_mlp_ep_ragged_a2a_local", other, match)
